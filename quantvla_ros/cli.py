@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `quantvla` command: one table from subcommand to the module that serves it.
+
+Each module offers add_arguments(parser) and run(args) -> exit status. Modules are imported only
+when their command is asked for, so that `quantvla --help` needs neither torch nor rclpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
+COMMANDS: dict[str, tuple[str, str]] = {
+}
+
+
+def _spelled(argv: Sequence[str]) -> str | None:
+    """Return the longest known command at the front of argv."""
+    for words in (2, 1):
+        name = ' '.join(argv[:words])
+        if len(argv) >= words and name in COMMANDS:
+            return name
+    return None
+
+
+def _usage() -> str:
+    width = max((len(name) for name in COMMANDS), default=0)
+    lines = [f'  {name:<{width}}  {text}' for name, (_, text) in COMMANDS.items()]
+    head = 'usage: quantvla COMMAND [options]   (COMMAND --help tells its options)'
+    return '\n'.join([head, '', *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status.
+
+    What the user can mend (a ValueError or a missing file) is printed as a sentence; any other
+    exception is a bug and keeps its traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ('-h', '--help', 'help'):
+        print(_usage())
+        return 0
+    name = _spelled(words)
+    if name is None:
+        print(f'quantvla: {words[0]!r} is not a command\n\n{_usage()}', file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f'quantvla {name}', description=COMMANDS[name][1])
+    module.add_arguments(parser)
+    args = parser.parse_args(words[len(name.split()) :])
+    try:
+        return int(module.run(args) or 0)
+    except (ValueError, FileNotFoundError) as error:
+        print(f'quantvla {name}: {error}', file=sys.stderr)
+        return 2

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every policy looks like from outside, and the table from name to policy.
+
+A policy never touches a topic, a clock or a limit. Nothing here imports torch, so a robot can run
+`hold` without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from quantvla_ros.action import ActionChunk
+from quantvla_ros.contract import Contract
+from quantvla_ros.observation import Observation
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """What a policy is made with; a policy ignores what does not concern it.
+
+    model: folder of the checkpoint. precision: name of the artifact beside it, or 'float'.
+    steps: denoising steps, 0 for the policy's own. threads: of the kernels, 0 for its own choice.
+    """
+
+    model: str = ''
+    precision: str = 'float'
+    device: str = 'cpu'
+    steps: int = 0
+    threads: int = 0
+
+
+class Policy(Protocol):
+    """Observation -> ActionChunk, in two halves so that the first is paid once per chunk."""
+
+    contract: Contract
+
+    def prepare(self, observation: Observation) -> Any:
+        """Encode one observation; the result serves any number of denoise calls.
+
+        Raises ValueError with a sentence for what the user can mend (unknown words, a camera of
+        another size).
+        """
+
+    def denoise(self, context: Any, seed: int, prefix: ActionChunk | None = None) -> ActionChunk:
+        """Return the chunk that starts at the observation's stamp.
+
+        The same context, seed and prefix give the same chunk. prefix: what is still to be
+        executed, for real-time chunking; a policy that cannot use it ignores it.
+        """
+
+    def reset(self) -> None:
+        """Forget the episode (a new instruction, a new start); most policies hold nothing."""
+
+
+class HoldPolicy:
+    """Keep every joint where it is: exercises a robot without moving it."""
+
+    def __init__(self, contract: Contract, settings: PolicySettings) -> None:
+        self.contract = contract
+        del settings
+
+    def prepare(self, observation: Observation) -> Observation:
+        """Pass the observation on."""
+        return observation
+
+    def denoise(
+        self, context: Observation, seed: int, prefix: ActionChunk | None = None
+    ) -> ActionChunk:
+        """Repeat the measured position over the horizon."""
+        del seed, prefix
+        action = self.contract.action
+        order = [context.joint_names.index(name) for name in action.joints]
+        positions = np.tile(context.joint_positions[order], (action.horizon, 1))
+        return ActionChunk(action.joints, positions, context.stamp_ns, action.step_dt_s)
+
+    def reset(self) -> None:
+        """Hold nothing, forget nothing."""
+
+
+# name -> 'module:class', imported when asked for and made with (contract, settings)
+POLICIES: dict[str, str] = {
+    'hold': 'quantvla_ros.policies.base:HoldPolicy',
+}
+
+
+def make_policy(name: str, contract: Contract, settings: PolicySettings) -> Policy:
+    """Make a policy by name. Raises ValueError that lists the known names."""
+    if name not in POLICIES:
+        raise ValueError(f'policy {name!r} is unknown; known are {", ".join(sorted(POLICIES))}')
+    module, _, maker = POLICIES[name].partition(':')
+    return getattr(importlib.import_module(module), maker)(contract, settings)
