@@ -121,8 +121,8 @@ class RMSNorm(nn.Module):
 
 
 def rms_normalize(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in float32."""
-    wide = x.float()
+    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
@@ -207,8 +207,7 @@ class VisionMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, width) -> (B, T, width)."""
@@ -327,7 +326,7 @@ class ActionHead(nn.Module):
         """(B,) in [0, 1] -> (B, blocks, PARTS, 1, width). Depends on nothing but the time."""
         half = TIME_FEATURES // 2
         frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=time.device) / half)
-        angle = 1000.0 * time[:, None].float() * frequency
+        angle = 1000.0 * time[:, None] * frequency
         features = torch.cat([angle.cos(), angle.sin()], -1).to(self.time_in.weight.dtype)
         shared = self.time_out(F.silu(self.time_in(features))).view(len(time), 1, PARTS, 1, -1)
         own = torch.stack([cast(ActionBlock, block).modulation for block in self.blocks])
