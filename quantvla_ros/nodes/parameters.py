@@ -50,7 +50,8 @@ class Parameter:
             return f'{self.name} is {value!r}; expected a finite number'
         if self.allowed and value not in self.allowed:
             return f'{self.name} is {value!r}; expected one of {", ".join(self.allowed)}'
-        if self.low is None or self.high is None or self.low <= value <= self.high:
+        number = value if isinstance(value, (int, float)) else 0.0
+        if self.low is None or self.high is None or self.low <= number <= self.high:
             return None
         unit = f' {self.unit}' if self.unit else ''
         return f'{self.name} is {value!r}; expected {self.low:g} to {self.high:.10g}{unit}'
