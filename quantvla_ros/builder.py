@@ -7,7 +7,6 @@ are used. Knows no clock: how old is too old is for the control core to say.
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
@@ -109,39 +108,3 @@ class ObservationBuilder:
         picture = decode_camera(message, self.contract.camera(name))
         self._decoded[name] = (message, picture)
         return picture
-
-
-class FrozenCameras:
-    """Tells a camera that repeats one picture, under new stamps, while the arm moves.
-
-    A picture that stays the same while nothing moves proves nothing; one that stays the same over
-    frozen_s of header time and frozen_motion of joint travel does. frozen_s 0 switches it off.
-    """
-
-    def __init__(self, frozen_s: float, frozen_motion: float) -> None:
-        self._frozen_ns = round(frozen_s * 1e9)
-        self._motion = frozen_motion
-        self._first: dict[str, tuple[int, int, np.ndarray]] = {}
-
-    def clear(self) -> None:
-        """Forget every picture."""
-        self._first = {}
-
-    def check(self, observation: Observation) -> str | None:
-        """Return a sentence that names a frozen camera, or None."""
-        if self._frozen_ns == 0:
-            return None
-        for name, picture in observation.images.items():
-            stamp = observation.image_stamps_ns[name]
-            digest = zlib.crc32(np.ascontiguousarray(picture).data)
-            first = self._first.get(name)
-            if first is None or first[0] != digest or stamp < first[1]:
-                self._first[name] = (digest, stamp, observation.joint_positions)
-                continue
-            moved = float(np.abs(observation.joint_positions - first[2]).max())
-            if stamp - first[1] >= self._frozen_ns and moved >= self._motion:
-                return (
-                    f'camera {name!r}: the same picture for {(stamp - first[1]) / 1e9:.1f} s '
-                    f'while a joint moved by {moved:.3f}; the camera is frozen'
-                )
-        return None
