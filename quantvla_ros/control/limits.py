@@ -172,7 +172,7 @@ class JointLimiter:
             if not limit.lower < limit.upper:
                 problems.append(f'joint {name!r} has no room: {limit.lower:g} to {limit.upper:g}')
             if not limit.velocity > 0:
-                problems.append(f'joint {name!r} has velocity {limit.velocity:g}; expected above 0')
+                problems.append(f'joint {name!r} has velocity {limit.velocity:g}; not above 0')
             if not 0 < limit.acceleration < math.inf:
                 problems.append(f'joint {name!r} has no acceleration limit')
             missing = [
@@ -186,8 +186,8 @@ class JointLimiter:
             ]
             if missing and not allow_unlimited:
                 problems.append(
-                    f'joint {name!r} has no {" and no ".join(missing)} limit; give it under limits '
-                    'in the contract, or allow unlimited joints by name'
+                    f'joint {name!r} has no {" and no ".join(missing)} limit; give it under '
+                    'limits in the contract, or allow unlimited joints by name'
                 )
         if problems:
             raise ValueError('\n'.join(problems))

@@ -133,13 +133,14 @@ class ChunkPlayer:
         left_s = (new.end_ns - start_ns) / NS_PER_S
         if prefixed and float(gap.max()) <= settings.prefix_tolerance:
             # the prefix already holds the old plan: join it at once
-            return min(settings.blend_s, new.step_ns / NS_PER_S, left_s)
+            return min(settings.blend_s, new.step_ns / NS_PER_S)
         turn = np.abs(new.at(start_ns)[1] - old.at(start_ns)[1])
         half = 0.5 * limiter.acceleration
         for_acceleration = (3 * turn + np.sqrt(9 * turn**2 + 24 * gap * half)) / (2 * half)
         wished = np.maximum(3 * gap / limiter.velocity, for_acceleration)
         wished_s = float(np.where(limiter.snap, 0.0, wished).max())
-        return min(max(settings.blend_s, wished_s), settings.max_blend_s, left_s)
+        longest_s = min(settings.max_blend_s, max(left_s, settings.blend_s))
+        return min(max(settings.blend_s, wished_s), longest_s)
 
     def sample(self, now_ns: int) -> Sample | None:
         """Return the plan at now_ns (header time), None when there is none.
