@@ -16,6 +16,8 @@ import numpy as np
 from quantvla_ros.action import NS_PER_S
 from quantvla_ros.sim.controller_rules import Expectation, TrajectoryMessage, refusal
 
+SLACK = 1e-6  # rad or m; rounding of a command at its limit is no violation
+
 
 @dataclass(frozen=True)
 class Motion:
@@ -229,6 +231,6 @@ def violation(
         if not np.isfinite(value):
             return f'{name} was commanded to {value}, which is not a number a robot can follow'
         low, high = limits.get(name, (-np.inf, np.inf))
-        if not low <= value <= high:
+        if not low - SLACK <= value <= high + SLACK:
             return f'{name} was commanded to {value:.4f}; its limits are {low:.4f} to {high:.4f}'
     return None

@@ -168,6 +168,10 @@ class World:
         """Return (9,): seven joint positions in rad, two finger positions in m."""
         return np.concatenate([self.arm_positions(), self.finger_positions()])
 
+    def joint_velocities(self) -> np.ndarray:
+        """Return (9,): rad/s of the arm, m/s of the fingers."""
+        return np.concatenate([self.arm_velocities(), self.data.qvel[self.finger_dofs]])
+
     def grip_position(self) -> np.ndarray:
         """Return (3,): the point between the fingertips, in the world's frame."""
         return self.data.site_xpos[self.grip_site].copy()
