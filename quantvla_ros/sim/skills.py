@@ -26,6 +26,7 @@ from quantvla_ros.sim.world import CLOSE, OPEN, World
 MARGIN = 0.03  # m kept above what is passed over
 HAND_REACH = 0.05  # m around the fingers that must be free
 SLOW = 0.18  # m/s near things
+LIFT = 0.75  # of the way to the point above a grasp
 DRAWER_TRAVEL = 0.155  # m; a drawer counts as open from 0.14
 KNOB_TURN = 0.85  # rad; a stove counts as on from 0.5
 SLOT = 0.042  # m from the middle of a cooker for each of two pots
@@ -108,7 +109,7 @@ class Skills:
         grasp = choose_grasp(self.around, self.arm, name, skip=tries)
         if grasp is None:
             return [*self.retreat(OPEN), Hold(OPEN, 4)]
-        above = grasp.position + [0, 0, HOVER]
+        above = grasp.position + grasp.way
         position, rotation = self.arm.pose()
         lined_up = (
             np.linalg.norm(position[:2] - grasp.position[:2]) < 0.012
@@ -125,7 +126,7 @@ class Skills:
             *approach,
             Move(grasp.position, grasp.rotation, OPEN, SLOW, settle=2),
             Hold(CLOSE, 8),
-            Move(grasp.position + [0, 0, 0.06], grasp.rotation, CLOSE, 0.25, settle=0),
+            Move(grasp.position + LIFT * grasp.way, grasp.rotation, CLOSE, 0.25, settle=0),
         ]
 
     def _let_go(self) -> list[Segment]:
