@@ -50,7 +50,8 @@ class Parameter:
             return f'{self.name} is {value!r}; expected a finite number'
         if self.allowed and value not in self.allowed:
             return f'{self.name} is {value!r}; expected one of {", ".join(self.allowed)}'
-        if self.low is None or self.high is None or self.low <= value <= self.high:
+        number = value if isinstance(value, (int, float)) else 0.0
+        if self.low is None or self.high is None or self.low <= number <= self.high:
             return None
         unit = f' {self.unit}' if self.unit else ''
         return f'{self.name} is {value!r}; expected {self.low:g} to {self.high:.10g}{unit}'
@@ -88,16 +89,23 @@ POLICY_NODE: tuple[Parameter, ...] = (
     Parameter('inference.margin_s', 0.05, 's', CONFIGURE,
               'How long before it is needed the next chunk should be ready.', 0.0, 2.0),
     Parameter('player.seam', 'blend', '', CONFIGURE,
-              'How a new chunk takes over: blended over blend_s, or as the continuation of a '
-              'prefix that the policy was given.', allowed=('blend', 'prefix')),
+              'How a new chunk takes over: blended, or as the continuation of a prefix that the '
+              'policy was given.', allowed=('blend', 'prefix')),
     Parameter('player.blend_s', 0.1, 's', CONFIGURE,
-              'Time over which a new chunk takes over from the old one.', 0.0, 2.0),
+              'Shortest time over which a new chunk takes over from the old one.', 0.0, 2.0),
+    Parameter('player.max_blend_s', 0.5, 's', CONFIGURE,
+              'A chunk that would need a longer blend than this is refused.', 0.01, 5.0),
+    Parameter('player.prefix_tolerance', 0.005, 'rad or m', CONFIGURE,
+              'How far a chunk made with a prefix may be from the plan to join it unblended.',
+              0.0, 1.0),
     Parameter('limits.speed_scale', 1.0, '', LIVE,
               'Scale on every velocity limit; 0 holds the arm where it is.', 0.0, 1.0),
-    Parameter('limits.default_acceleration', 10.0, 'rad/s^2 or m/s^2', CONFIGURE,
-              'Acceleration limit of joints for which the contract gives none.', 0.01, 1000.0),
-    Parameter('limits.max_command_distance', 0.5, 'rad or m', CONFIGURE,
-              'Largest distance between a command and the measured position.', 0.001, 10.0),
+    Parameter('limits.lead_rad', 0.5, 'rad', CONFIGURE,
+              'Largest distance of a turning joint between command and measured position.',
+              0.001, 10.0),
+    Parameter('limits.lead_m', 0.1, 'm', CONFIGURE,
+              'Largest distance of a sliding joint between command and measured position.',
+              0.0001, 10.0),
     Parameter('limits.allow_unlimited', False, '', CONFIGURE,
               'Accept commanded joints that have no position or velocity limit.'),
     Parameter('limits.description_timeout_s', 10.0, 's', CONFIGURE,
@@ -117,17 +125,42 @@ POLICY_NODE: tuple[Parameter, ...] = (
     Parameter('freshness.frozen_s', 1.0, 's', CONFIGURE,
               'A camera that repeats one picture this long while the arm moves is frozen; '
               '0 switches the check off.', 0.0, 60.0),
-    Parameter('freshness.frozen_motion', 0.05, 'rad or m', CONFIGURE,
-              'How far a joint must move for a repeated picture to count as frozen.', 0.0, 10.0),
-    Parameter('guard.max_clip_s', 1.0, 's', CONFIGURE,
-              'Clipping that lasts longer stops the arm.', 0.01, 60.0),
-    Parameter('guard.hold_s', 2.0, 's', CONFIGURE,
-              'How long a stopped arm is held by commands before silence.', 0.0, 60.0),
-    Parameter('guard.ramp_s', 1.0, 's', CONFIGURE,
-              'Time over which the speed limit rises to its value after a start.', 0.0, 10.0),
-    Parameter('trajectory.points', 3, '', CONFIGURE,
-              'Points in each message to joint_trajectory_controller, the point of rest included.',
-              1, 100),
+    Parameter('freshness.moving_speed', 0.05, 'rad/s or m/s', CONFIGURE,
+              'Commanded speed from which the arm counts as moving.', 0.0, 10.0),
+    Parameter('freshness.clock_jump_s', 0.1, 's', CONFIGURE,
+              'A clock that leaves the steady one by more than this stops the arm; not checked '
+              'under use_sim_time.', 0.001, 10.0),
+    Parameter('guard.max_tick_gap_s', 0.1, 's', CONFIGURE,
+              'A control tick that comes later than this stops the arm.', 0.01, 5.0),
+    Parameter('guard.first_chunk_s', 5.0, 's', CONFIGURE,
+              'How long the start pose is held while the first chunk is computed.', 0.1, 120.0),
+    Parameter('guard.hold_s', 1.0, 's', CONFIGURE,
+              'How long the rest pose is published after a stop, before silence.', 0.0, 60.0),
+    Parameter('guard.start_ramp_s', 1.0, 's', CONFIGURE,
+              'Time over which the speed limit grows to its value after a start.', 0.0, 10.0),
+    Parameter('guard.start_speed', 0.1, '', CONFIGURE,
+              'Share of the speed limit that a start begins with.', 0.01, 1.0),
+    Parameter('guard.long_clip_s', 1.0, 's', CONFIGURE,
+              'Clipping that lasts longer than this stops the arm.', 0.01, 60.0),
+    Parameter('guard.estop_cooldown_s', 0.5, 's', CONFIGURE,
+              'How long after an e-stop a reset is refused.', 0.0, 60.0),
+    Parameter('guard.max_refusals', 3, '', CONFIGURE,
+              'So many refused chunks in a row stop the arm.', 1, 100),
+    Parameter('guard.huge_step_rad', 0.5, 'rad', CONFIGURE,
+              'A step of a turning joint in a chunk that is farther than this is refused.',
+              0.001, 10.0),
+    Parameter('guard.huge_step_m', 0.1, 'm', CONFIGURE,
+              'A step of a sliding joint in a chunk that is farther than this is refused.',
+              0.0001, 10.0),
+    Parameter('guard.start_tolerance_rad', 0.02, 'rad', CONFIGURE,
+              'How far outside its limits a turning joint may be at a start.', 0.0, 1.0),
+    Parameter('guard.start_tolerance_m', 0.005, 'm', CONFIGURE,
+              'How far outside its limits a sliding joint may be at a start.', 0.0, 1.0),
+    Parameter('guard.min_tick_s', 0.0005, 's', CONFIGURE,
+              'A tick that comes sooner than this after a command publishes nothing.', 0.0, 0.01),
+    Parameter('trajectory.lead_s', 0.02, 's', CONFIGURE,
+              'time_from_start of the first point sent to joint_trajectory_controller; at least '
+              'one control period.', 0.001, 1.0),
 )
 
 
