@@ -191,7 +191,8 @@ def _recorder(values: Mapping[str, Value]) -> Process:
     parameters: dict[str, Value] = {
         'contract': values['contract'],
         'bag': str(values['bag']),
-        'autostart': values['record_at_start'],
+        'autostart': True,
+        'record_on_activate': values['record_at_start'],
         'use_sim_time': values['use_sim_time'],
     }
     common['parameter_files'] = (str(share_path('config/record_node.yaml')),

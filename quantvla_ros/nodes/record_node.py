@@ -8,17 +8,17 @@ decodes. The queue, the disk and the bag belong to recording.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from rclpy.executors import ExternalShutdownException
-from rclpy.node import Node
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
 from quantvla_ros.contract import load_contract
+from quantvla_ros.nodes.lifecycle import ManagedNode, run
 from quantvla_ros.nodes.names import DIAGNOSTICS, LATCHED, STATUS
 from quantvla_ros.nodes.parameters import check, declare, read
 from quantvla_ros.nodes.recording import (
@@ -34,46 +34,81 @@ from quantvla_ros.nodes.recording import (
 from quantvla_ros.nodes.typed import message_class
 
 RECORD = '~/record'  # std_srvs/srv/SetBool
-START, STOP = '~/start', '~/stop'  # std_srvs/srv/Trigger
+START, STOP = '~/start', '~/stop'  # std_srvs/srv/Trigger, the same two
 SEARCH_S = 0.2  # how often topics without a publisher are looked for
 DEPTH = 50
 
 
-class RecordNode(Node):
-    """Starts and stops recordings; everything else is in Recording."""
+class RecordNode(ManagedNode):
+    """Listens while configured, records while active and told so."""
 
-    def __init__(self) -> None:
-        super().__init__('record_node')
+    def __init__(self, **options: Any) -> None:
+        super().__init__('record_node', **options)
         declare(self, RECORD_NODE)
-        values = read(self, RECORD_NODE)
-        self._types = {
-            self.resolve_topic_name(name): kind
-            for name, kind in recorded_topics(load_contract(values['contract'])).items()
-        }
+        self._loaded = False
+        self._types: dict[str, str] = {}  # topic -> type, all that the contract names
         self._topics: dict[str, Topic] = {}  # those with a publisher, subscribed
         self._latched: dict[str, bytes] = {}  # their last message, the first of every recording
+        self._active = False
         self._recording: Recording | None = None
         self._told = ''
+        self._subscriptions_made: list[Any] = []
         self._status = self.create_publisher(String, STATUS, LATCHED)
         self._diagnostics = self.create_publisher(DiagnosticArray, DIAGNOSTICS, 1)
         self.create_service(SetBool, RECORD, self._on_record)
-        self.create_service(Trigger, START, lambda request, reply: self._reply(True, reply))
-        self.create_service(Trigger, STOP, lambda request, reply: self._reply(False, reply))
-        self.create_timer(SEARCH_S, self._search)
-        self.create_timer(1.0, self._report)
+        self.create_service(Trigger, START, lambda _, reply: self._reply(True, reply))
+        self.create_service(Trigger, STOP, lambda _, reply: self._reply(False, reply))
+        self.create_timer(SEARCH_S, self._search, clock=self.steady_clock)
+        self.create_timer(1.0, self._report, clock=self.steady_clock)
+        self.add_on_set_parameters_callback(self._on_parameters)
+        if self.get_parameter('autostart').value:
+            self.start_by_itself()
+
+    # lifecycle -----------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Read the contract and listen to its topics."""
+        contract = load_contract(self.get_parameter('contract').value)
+        self._types = {
+            self.resolve_topic_name(name): kind for name, kind in recorded_topics(contract).items()
+        }
+        self._loaded = True
         self._search()
-        if values['autostart']:
+
+    def begin(self) -> None:
+        """Allow recording, and start it where the parameter says so."""
+        self._active = True
+        if self.get_parameter('record_on_activate').value:
             self.start()
-        self._report()
+
+    def halt(self) -> None:
+        """Close the bag."""
+        self._active = False
+        if self._recording is not None:
+            self.stop_recording()
+
+    def unload(self) -> None:
+        """Stop listening."""
+        for subscription in self._subscriptions_made:
+            self.destroy_subscription(subscription)
+        self._subscriptions_made, self._types, self._topics = [], {}, {}
+        self._latched = {}
+        self._loaded = False
+
+    def _on_parameters(self, parameters: Sequence[Any]) -> SetParametersResult:
+        values = {parameter.name: parameter.value for parameter in parameters}
+        problems = check(values, RECORD_NODE, loaded=self._loaded)
+        return SetParametersResult(successful=not problems, reason='; '.join(problems))
+
+    # recording -----------------------------------------------------------------------------
 
     def start(self) -> str:
         """Start a recording and return its bag. Raises RecordingError with the way out."""
-        if self._recording and self._recording.running:
+        if not self._active:
+            raise RecordingError('the node is not active; configure and activate it first')
+        if self._recording is not None and self._recording.running:
             raise RecordingError(f'recording already, to {self._recording.report.bag}')
         values = read(self, RECORD_NODE)
-        problems = check(values, RECORD_NODE)
-        if problems:
-            raise RecordingError('; '.join(problems))
         limits = Limits(values['queue_mb'] * MB, values['min_free_mb'] * MB)
         topics = {name: self._topics.get(name, Topic(kind)) for name, kind in self._types.items()}
         self._recording = Recording(new_bag(values['bag']), topics, limits)
@@ -83,18 +118,18 @@ class RecordNode(Node):
         self.get_logger().info(f'recording to {self._recording.report.bag}')
         return self._recording.report.bag
 
-    def stop(self) -> str:
-        """Stop, close the bag and return what was recorded, as a sentence."""
+    def stop_recording(self) -> str:
+        """Close the bag and return what was recorded, as a sentence."""
         if self._recording is None:
             raise RecordingError('nothing is being recorded')
         report = self._recording.stop()
+        self._recording = None
         dropped = sum(report.dropped.values())
         text = (f'{sum(report.messages.values())} messages, {report.bytes // MB} MB, '
                 f'{dropped} dropped, in {report.bag}')
         if report.cause:
             text += f'; ended early: {report.cause}'
         self.get_logger().info(text)
-        self._recording = None
         return text
 
     def _now(self) -> int:
@@ -119,8 +154,8 @@ class RecordNode(Node):
                 durability=(DurabilityPolicy.TRANSIENT_LOCAL if latched
                             else DurabilityPolicy.VOLATILE),
             )
-            self.create_subscription(
-                message_class(kind), name, self._taker(name, latched), profile, raw=True)
+            self._subscriptions_made.append(self.create_subscription(
+                message_class(kind), name, self._taker(name, latched), profile, raw=True))
 
     def _taker(self, name: str, latched: bool) -> Any:
         def take(data: bytes) -> None:
@@ -135,7 +170,7 @@ class RecordNode(Node):
 
     def _reply(self, start: bool, reply: Any) -> Any:
         try:
-            reply.message = self.start() if start else self.stop()
+            reply.message = self.start() if start else self.stop_recording()
             reply.success = True
         except RecordingError as error:
             reply.message, reply.success = str(error), False
@@ -175,29 +210,10 @@ class RecordNode(Node):
         message.header.stamp = self.get_clock().now().to_msg()
         return message
 
-    def close(self) -> None:
-        """Close the bag, whatever ended the node."""
-        if self._recording is not None:
-            self._recording.stop()
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM; 1 when it could not record as told."""
-    rclpy.init(args=argv)
-    node = None
-    try:
-        node = RecordNode()
-        rclpy.spin(node)
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    except (ValueError, FileNotFoundError) as error:
-        rclpy.logging.get_logger('record_node').fatal(str(error))
-        return 1
-    finally:
-        if node is not None:
-            node.close()
-        rclpy.try_shutdown()
-    return 0
+    """Run the node until SIGINT or SIGTERM."""
+    return run(RecordNode, argv)
 
 
 if __name__ == '__main__':

@@ -33,7 +33,9 @@ RECORD_NODE: tuple[Parameter, ...] = (
     Parameter('contract', 'libero_panda', '', START,
               'Contract whose topics are recorded: the name of a shipped one, or a path.'),
     Parameter('autostart', False, '', START,
-              'Record at once; false waits for ~/record.'),
+              'Configure and activate without a lifecycle manager.'),
+    Parameter('record_on_activate', True, '', CONFIGURE,
+              'Record at activate; false waits for ~/record.'),
     Parameter('bag', '', '', CONFIGURE,
               'Folder of the new bag; empty makes bags/quantvla_DATE_TIME. A further recording '
               'adds _2, _3, ... to a given name.'),
@@ -121,13 +123,16 @@ class ReservedFile(io.FileIO):
     def write(self, data: Any) -> int:
         """Write like any file; the first 'disk full' costs the reserve and is remembered."""
         try:
-            return super().write(data)
+            return self._put(data)
         except OSError as error:
             if error.errno not in FULL or self.full:
                 raise
             self.full = f'{self.name}: {error.strerror}'
             self.reserve.unlink(missing_ok=True)
-            return super().write(data)
+            return self._put(data)
+
+    def _put(self, data: Any) -> int:
+        return super().write(data)
 
 
 class Recording:

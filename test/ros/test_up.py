@@ -55,7 +55,8 @@ def test_output_carries_the_name_of_the_process(log):
 
 
 def test_interrupt_ends_children_cleanly(log):
-    code = f'import time\ntry:\n {READY}\n time.sleep(60)\nexcept KeyboardInterrupt:\n print("bye")'
+    code = (f'import time\ntry:\n {READY}\n time.sleep(60)\n'
+            'except KeyboardInterrupt:\n print("bye")')
     with Supervisor(log) as supervisor:
         child = supervisor.start_command('node', python(code), os.environ)
         assert wait_for(lambda: 'ready' in log.getvalue())
@@ -73,8 +74,9 @@ def test_hanging_child_is_killed_by_pid_after_both_grace_times(log):
 
 
 def test_grandchild_does_not_outlive_its_parent(log):
-    code = (f'import subprocess, sys; p = subprocess.Popen([sys.executable, "-S", "-c", '
-            f'{STUBBORN!r}], stdout=subprocess.PIPE); p.stdout.readline(); print(p.pid, flush=True)')
+    code = ('import subprocess, sys; p = subprocess.Popen([sys.executable, "-S", "-c", '
+            f'{STUBBORN!r}], stdout=subprocess.PIPE); p.stdout.readline(); '
+            'print(p.pid, flush=True)')
     with Supervisor(log) as supervisor:
         child = supervisor.start_command('node', python(code), os.environ)
         assert wait_for(lambda: child.ended)
@@ -110,7 +112,8 @@ import os, sys
 from quantvla_ros import up
 from quantvla_ros.graph import GRAPHS, Graph, Process
 GRAPHS['test'] = Graph('test', '', (), lambda values: [
-    Process('first', command=(sys.executable, '-S', '-c', 'import os; print(os.getpid()); {SLEEP}')),
+    Process('first', command=(sys.executable, '-S', '-c',
+                              'import os; print(os.getpid()); {SLEEP}')),
     Process('second', command=(sys.executable, '-S', '-c', {{second!r}})),
 ])
 import quantvla_ros.cli
