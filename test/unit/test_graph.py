@@ -143,31 +143,29 @@ def test_launch_file_and_up_start_the_same_with_stand_ins_for_launch(name, stand
 
 
 @pytest.mark.parametrize('name', GRAPHS)
-def test_launch_file_starts_the_described_command_line_with_real_launch(name, tmp_path):
+def test_launch_file_starts_the_described_command_line_with_real_launch(name, an_install):
     pytest.importorskip('launch_ros.actions', reason='launch_ros comes with a ROS 2 installation')
-    from launch import LaunchContext
-    from launch.utilities import perform_substitutions
+    from launch import LaunchService
 
+    processes = graph_named(name).processes(GIVEN[name])
+    an_install.expect(len(processes))
+    service = LaunchService(argv=[f'{k}:={v}' for k, v in GIVEN[name].items()])
+    arguments = [(a.name, GIVEN[name].get(a.name, a.text)) for a in graph_named(name).arguments]
     description = load(FILES[name])
-    graph = graph_named(name)
-    for given in ({}, GIVEN[name]):
-        context = LaunchContext()
-        for argument in graph.arguments:
-            context.launch_configurations[argument.name] = given.get(argument.name, argument.text)
-        actions = description.entities[-1].execute(context)
-        for action, process in zip(actions, graph.processes(given), strict=True):
-            action.prepare(context) if process.command else action._perform_substitutions(context)
-            words = [perform_substitutions(context, part) for part in action.cmd]
-            if process.command:
-                assert words == list(process.command)
-                continue
-            assert f'__node:={process.node}' in words
-            assert ('__ns:=' + process.namespace in words) == bool(process.namespace)
-            files = [w for f, w in zip(words, words[1:], strict=False) if f == '--params-file']
-            assert files[:-1] == list(process.parameter_files)
-            written = yaml.safe_load(Path(files[-1]).read_text())
-            (node,) = written
-            assert flat(written[node]['ros__parameters']) == dict(process.parameters)
+    service.context.launch_configurations.update(arguments)
+    service.include_launch_description(description)
+    assert service.run() == 0
+    for process in processes:
+        words = an_install.words_of(process.executable or process.command[0])
+        if process.command:
+            assert words == list(process.command[1:])
+            continue
+        assert f'__node:={process.node}' in words
+        assert not process.namespace or f'__ns:={process.namespace}' in words
+        files = [w for f, w in zip(words, words[1:], strict=False) if f == '--params-file']
+        assert tuple(files[:-1]) == process.parameter_files
+        (node,) = an_install.parameters_of(process.executable).values()
+        assert flat(node['ros__parameters']) == dict(process.parameters)
 
 
 def flat(tree, prefix=''):
@@ -176,6 +174,48 @@ def flat(tree, prefix=''):
         inner = isinstance(value, dict)
         found.update(flat(value, f'{prefix}{name}.') if inner else {f'{prefix}{name}': value})
     return found
+
+
+class Install:
+    """An ament prefix whose executables write down how they were started, then end together."""
+
+    STARTER = """#!/bin/sh
+for word in "$@"; do file=$word; printf '%s\\0' "$word"; done > "{seen}/{name}.part"
+cp "$file" "{seen}/{name}.yaml" 2>/dev/null
+mv "{seen}/{name}.part" "{seen}/{name}.words"
+while [ "$(ls "{seen}" | grep -c words)" -lt "$EXPECTED" ]; do sleep 0.05; done
+"""
+
+    def __init__(self, prefix, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.seen = prefix / 'seen'
+        marker = prefix / 'share/ament_index/resource_index/packages/quantvla_ros'
+        library = prefix / 'lib/quantvla_ros'
+        for folder in (self.seen, marker.parent, library):
+            folder.mkdir(parents=True)
+        marker.touch()
+        for name in (*EXECUTABLES, 'ros2'):
+            (library / name).write_text(self.STARTER.format(seen=self.seen, name=name))
+            (library / name).chmod(0o755)
+        monkeypatch.setenv('AMENT_PREFIX_PATH', str(prefix))
+        monkeypatch.setenv('PATH', str(library), prepend=':')
+
+    def expect(self, count):
+        self.monkeypatch.setenv('EXPECTED', str(count))
+
+    def words_of(self, name):
+        return (self.seen / f'{name}.words').read_text().split('\0')[:-1]
+
+    def parameters_of(self, name):
+        words = self.words_of(name)
+        kept = self.seen / f'{name}.yaml'
+        last = [w for f, w in zip(words, words[1:], strict=False) if f == '--params-file'][-1]
+        return yaml.safe_load(kept.read_text() if words[-1] == last else Path(last).read_text())
+
+
+@pytest.fixture
+def an_install(tmp_path, monkeypatch):
+    return Install(tmp_path, monkeypatch)
 
 
 # The description itself ------------------------------------------------------------------------
