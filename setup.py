@@ -80,6 +80,7 @@ setup(
             'hypothesis',
             'ruff',
             'mypy',
+            'setuptools',
             'colcon-core',
             'colcon-ros',
             'colcon-bash',
