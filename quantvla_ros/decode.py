@@ -23,7 +23,19 @@ SIGNATURES = {'jpeg': b'\xff\xd8', 'png': b'\x89PNG'}
 
 
 class DecodeError(ValueError):
-    """A message that the contract does not allow; says which input, what was seen, what is due."""
+    """A message that the contract does not allow; says which input, what was seen, what is due.
+
+    kind: one word for the record: stamp, encoding, size, data, names, width or not_finite.
+    """
+
+    def __init__(self, kind: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.kind = kind
+
+    @property
+    def what(self) -> str:
+        """The sentence without the name of the input that it starts with."""
+        return str(self).partition(': ')[2]
 
 
 def stamp_ns(header: Any, who: str) -> int:
@@ -31,6 +43,7 @@ def stamp_ns(header: Any, who: str) -> int:
     found = int(header.stamp.sec) * NS_PER_S + int(header.stamp.nanosec)
     if found <= 0:
         raise DecodeError(
+            'stamp',
             f'{who}: the header stamp is {found} ns; its driver must stamp each message, or its '
             'age cannot be told'
         )
@@ -47,14 +60,14 @@ def check_camera(message: Any, camera: Camera) -> None:
         _check_compressed(message, camera.encoding, who)
         return
     if message.encoding != camera.encoding:
-        raise DecodeError(_wrong_encoding(message.encoding, camera))
+        raise DecodeError('encoding', _wrong_encoding(message.encoding, camera))
     _check_size(message.width, message.height, camera)
     row = camera.width * CHANNELS[camera.encoding]
     if message.step < row:
-        raise DecodeError(f'{who}: step is {message.step}; a row of it has {row} bytes')
+        raise DecodeError('data', f'{who}: step is {message.step}; a row of it has {row} bytes')
     due = message.step * (camera.height - 1) + row
     if len(message.data) < due:
-        raise DecodeError(f'{who}: data holds {len(message.data)} bytes; expected {due}')
+        raise DecodeError('data', f'{who}: data holds {len(message.data)} bytes; expected {due}')
 
 
 def decode_camera(message: Any, camera: Camera) -> np.ndarray:
@@ -122,7 +135,7 @@ def fit(pixels: np.ndarray, camera: Camera) -> np.ndarray:
         return _resize(pixels, goal_h, goal_w)
     if camera.resize == 'crop':
         scale = min(height / goal_h, width / goal_w)
-        part_h, part_w = round(goal_h * scale), round(goal_w * scale)
+        part_h, part_w = max(1, round(goal_h * scale)), max(1, round(goal_w * scale))
         top, left = (height - part_h) // 2, (width - part_w) // 2
         return _resize(pixels[top : top + part_h, left : left + part_w], goal_h, goal_w)
     scale = max(height / goal_h, width / goal_w)
@@ -143,12 +156,14 @@ def decode_joints(message: Any, joints: Joints) -> np.ndarray:
     positions = np.asarray(message.position, dtype=np.float64)
     if positions.shape != (len(names),):
         raise DecodeError(
+            'width',
             f'joint states: {len(names)} names but {positions.size} positions; expected as many'
         )
     found = positions[_order(names, joints.names)] * _si_factors(joints.units)
     if not np.isfinite(found).all():
         bad = [n for n, value in zip(joints.names, found, strict=True) if not np.isfinite(value)]
-        raise DecodeError(f'joint states: the position of {", ".join(bad)} is not finite')
+        sentence = f'joint states: the position of {", ".join(bad)} is not finite'
+        raise DecodeError('not_finite', sentence)
     return found
 
 
@@ -157,10 +172,12 @@ def decode_vector(message: Any, vector: Vector) -> np.ndarray:
     values = np.array(message.data, dtype=np.float64)
     if values.shape != (vector.size,):
         raise DecodeError(
+            'width',
             f'vector {vector.name!r}: {values.size} values; the contract says {vector.size}'
         )
     if not np.isfinite(values).all():
-        raise DecodeError(f'vector {vector.name!r}: value {values.tolist()} is not finite')
+        sentence = f'vector {vector.name!r}: value {values.tolist()} is not finite'
+        raise DecodeError('not_finite', sentence)
     return values
 
 
@@ -176,10 +193,11 @@ def _order(names: tuple[str, ...], wanted: tuple[str, ...]) -> np.ndarray:
     """Return where each wanted joint is in a message; cached, for names rarely change."""
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise DecodeError(f'joint states: {", ".join(repeated)} is named more than once')
+        raise DecodeError('names', f'joint states: {", ".join(repeated)} is named more than once')
     missing = [name for name in wanted if name not in names]
     if missing:
         raise DecodeError(
+            'names',
             f'joint states: {", ".join(missing)} is missing; the message names {", ".join(names)}'
         )
     return np.array([names.index(name) for name in wanted], dtype=np.intp)
@@ -206,6 +224,7 @@ def _wrong_encoding(seen: str, camera: Camera) -> str:
 def _check_size(width: int, height: int, camera: Camera) -> None:
     if (width, height) != (camera.width, camera.height):
         raise DecodeError(
+            'size',
             f'camera {camera.name!r}: size is {width}x{height}; the contract says '
             f'{camera.width}x{camera.height}'
         )
@@ -214,10 +233,11 @@ def _check_size(width: int, height: int, camera: Camera) -> None:
 def _check_compressed(message: Any, encoding: str, who: str) -> None:
     words = message.format.lower().replace('jpg', 'jpeg')
     if encoding not in words:
-        raise DecodeError(f'{who}: format is {message.format!r}; the contract says {encoding!r}')
+        sentence = f'{who}: format is {message.format!r}; the contract says {encoding!r}'
+        raise DecodeError('encoding', sentence)
     start = bytes(message.data[:4])
     if not start.startswith(SIGNATURES[encoding]):
-        raise DecodeError(f'{who}: data starts with {start!r}, which is no {encoding}')
+        raise DecodeError('encoding', f'{who}: data starts with {start!r}, which is no {encoding}')
 
 
 def _decompress(message: Any, camera: Camera) -> np.ndarray:
@@ -225,6 +245,7 @@ def _decompress(message: Any, camera: Camera) -> np.ndarray:
     cv2 = _cv2()
     if cv2 is None:
         raise DecodeError(
+            'encoding',
             f'camera {camera.name!r}: {camera.encoding} needs cv2, which is not installed; '
             'install opencv-python, or use a raw topic in the contract'
         )
@@ -232,7 +253,8 @@ def _decompress(message: Any, camera: Camera) -> np.ndarray:
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     pixels = cv2.imdecode(np.frombuffer(message.data, np.uint8), flags)
     if pixels is None:
-        raise DecodeError(f'camera {camera.name!r}: this {camera.encoding} cannot be decoded')
+        sentence = f'camera {camera.name!r}: this {camera.encoding} cannot be decoded'
+        raise DecodeError('data', sentence)
     return pixels
 
 

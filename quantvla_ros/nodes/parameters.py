@@ -92,7 +92,7 @@ POLICY_NODE: tuple[Parameter, ...] = (
               'How a new chunk takes over: blended, or as the continuation of a prefix that the '
               'policy was given.', allowed=('blend', 'prefix')),
     Parameter('player.blend_s', 0.1, 's', CONFIGURE,
-              'Shortest time over which a new chunk takes over from the old one.', 0.0, 2.0),
+              'Shortest time over which a new chunk takes over from the old one.', 0.001, 2.0),
     Parameter('player.max_blend_s', 0.5, 's', CONFIGURE,
               'A chunk that would need a longer blend than this is refused.', 0.01, 5.0),
     Parameter('player.prefix_tolerance', 0.005, 'rad or m', CONFIGURE,
@@ -125,11 +125,9 @@ POLICY_NODE: tuple[Parameter, ...] = (
     Parameter('freshness.frozen_s', 1.0, 's', CONFIGURE,
               'A camera that repeats one picture this long while the arm moves is frozen; '
               '0 switches the check off.', 0.0, 60.0),
-    Parameter('freshness.moving_speed', 0.05, 'rad/s or m/s', CONFIGURE,
-              'Commanded speed from which the arm counts as moving.', 0.0, 10.0),
     Parameter('freshness.clock_jump_s', 0.1, 's', CONFIGURE,
-              'A clock that leaves the steady one by more than this stops the arm; not checked '
-              'under use_sim_time.', 0.001, 10.0),
+              'A clock that jumps off the steady one by more than this stops the arm; 0, and '
+              'use_sim_time, switch the check off.', 0.0, 10.0),
     Parameter('guard.max_tick_gap_s', 0.1, 's', CONFIGURE,
               'A control tick that comes later than this stops the arm.', 0.01, 5.0),
     Parameter('guard.first_chunk_s', 5.0, 's', CONFIGURE,
@@ -146,6 +144,8 @@ POLICY_NODE: tuple[Parameter, ...] = (
               'How long after an e-stop a reset is refused.', 0.0, 60.0),
     Parameter('guard.max_refusals', 3, '', CONFIGURE,
               'So many refused chunks in a row stop the arm.', 1, 100),
+    Parameter('guard.max_future_s', 0.5, 's', CONFIGURE,
+              'A chunk stamped farther ahead than this is refused.', 0.001, 10.0),
     Parameter('guard.huge_step_rad', 0.5, 'rad', CONFIGURE,
               'A step of a turning joint in a chunk that is farther than this is refused.',
               0.001, 10.0),
@@ -157,7 +157,8 @@ POLICY_NODE: tuple[Parameter, ...] = (
     Parameter('guard.start_tolerance_m', 0.005, 'm', CONFIGURE,
               'How far outside its limits a sliding joint may be at a start.', 0.0, 1.0),
     Parameter('guard.min_tick_s', 0.0005, 's', CONFIGURE,
-              'A tick that comes sooner than this after a command publishes nothing.', 0.0, 0.01),
+              'A tick that comes sooner than this after a command publishes nothing.',
+              0.00001, 0.005),
     Parameter('trajectory.lead_s', 0.02, 's', CONFIGURE,
               'time_from_start of the first point sent to joint_trajectory_controller; at least '
               'one control period.', 0.001, 1.0),
