@@ -15,7 +15,7 @@ EXECUTABLES = runpy.run_path(f'{PACKAGE}/executables.py')['EXECUTABLES']
 STARTER = """#!/bin/sh
 export PYTHONSAFEPATH=1  # the installed package, not one in the working directory
 for python in "$(dirname "$0")/../../bin/python3" '{python}' python3; do
-  command -v "$python" >/dev/null 2>&1 && exec "$python" -m {module} "$@"
+  command -v "$python" >/dev/null 2>&1 && exec "$python" -m {package}.executables {name} "$@"
 done
 echo "{name}: no python3 found" >&2
 exit 127
@@ -35,8 +35,8 @@ def executables() -> list[str]:
     """Write one starter per node below build/ and list them."""
     folder = Path('build/executables')
     folder.mkdir(parents=True, exist_ok=True)
-    for name, module in EXECUTABLES.items():
-        text = STARTER.format(python=sys.executable, module=module, name=name)
+    for name in EXECUTABLES:
+        text = STARTER.format(python=sys.executable, package=PACKAGE, name=name)
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     return [str(folder / name) for name in EXECUTABLES]

@@ -135,13 +135,14 @@ def environment(dds: str) -> dict[str, str]:
     return found
 
 
-def _common(values: Mapping[str, Value]) -> dict:
-    """Return what every process of a graph shares."""
+def _common(values: Mapping[str, Value], defaults: str) -> dict:
+    """Return what every process of a graph shares, and its own file of defaults."""
     namespace = str(values['namespace']).strip('/')
-    files = [str(values['params_file'])] if values['params_file'] else []
-    for path in files:
-        if not Path(path).is_file():
-            raise ValueError(f'params_file is {path!r}; there is no such file')
+    files = [str(share_path(defaults))]
+    if values['params_file']:
+        files.append(str(values['params_file']))
+        if not Path(files[-1]).is_file():
+            raise ValueError(f'params_file is {files[-1]!r}; there is no such file')
     return {
         'namespace': f'/{namespace}' if namespace else '',
         'parameter_files': tuple(files),
@@ -155,16 +156,16 @@ def _policy(values: Mapping[str, Value]) -> Process:
              'dry_run', 'enable_on_activate')
     parameters: dict[str, Value] = {name: values[name] for name in names}
     parameters['limits.speed_scale'] = values['speed_scale']
-    common = _common(values)
-    common['parameter_files'] = (str(share_path('config/policy_node.yaml')),
-                                 *common['parameter_files'])
+    common = _common(values, 'config/policy_node.yaml')
     return Process('policy', 'policy_node', 'policy_node', parameters=parameters, **common)
 
 
 def _sim(values: Mapping[str, Value]) -> Process:
     names = ('contract', 'suite', 'task', 'init', 'seed', 'mode')
     parameters = {name: values[name] for name in names}
-    return Process('sim', 'sim_node', 'sim_node', parameters=parameters, **_common(values))
+    parameters['camera.rate_hz'] = values['camera_rate']
+    common = _common(values, 'config/sim_node.yaml')
+    return Process('sim', 'sim_node', 'sim_node', parameters=parameters, **common)
 
 
 def _has_ros2_bag() -> bool:
@@ -177,7 +178,7 @@ def bag_folder(values: Mapping[str, Value]) -> str:
 
 
 def _recorder(values: Mapping[str, Value]) -> Process:
-    common = _common(values)
+    common = _common(values, 'config/record_node.yaml')
     kind = str(values['recorder'])
     if kind == 'ros2bag' or (kind == 'auto' and _has_ros2_bag()):
         topics = recorded_topics(load_contract(str(values['contract'])))
@@ -195,8 +196,6 @@ def _recorder(values: Mapping[str, Value]) -> Process:
         'record_on_activate': values['record_at_start'],
         'use_sim_time': values['use_sim_time'],
     }
-    common['parameter_files'] = (str(share_path('config/record_node.yaml')),
-                                 *common['parameter_files'])
     return Process('record', 'record_node', 'record_node', parameters=parameters,
                    required=False, **common)
 
@@ -256,6 +255,7 @@ SIM = (
     Argument('task', 0, 'Number of the task in its suite, 0 to 9.'),
     Argument('init', 0, 'Official initial state, 0 to 49; -1 places the objects at random.'),
     Argument('seed', 0, 'Seed of random placements.'),
+    Argument('camera_rate', 20.0, 'Most pictures per second and camera.'),
     Argument('mode', 'realtime', 'lockstep waits for a command in each step and drives /clock.',
              ('realtime', 'lockstep')),
 )

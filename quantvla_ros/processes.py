@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from quantvla_ros.executables import EXECUTABLES
 from quantvla_ros.graph import Process
 
 GRACE_S = 10.0  # between SIGINT and SIGTERM: time for an arm to come to rest
@@ -48,7 +47,8 @@ def command_of(process: Process) -> list[str]:
     """Return the command line that starts a process with this interpreter."""
     if process.command:
         return list(process.command)
-    return [sys.executable, '-u', '-m', EXECUTABLES[process.executable], *process.ros_arguments()]
+    start = [sys.executable, '-u', '-m', 'quantvla_ros.executables', process.executable]
+    return [*start, *process.ros_arguments()]
 
 
 def environment_of(process: Process) -> dict[str, str]:

@@ -99,7 +99,7 @@ def of_action(action):
                 'required': 'on_exit' in action.options}
     *files, values = action.parameters
     return {
-        'module': EXECUTABLES[action.executable], 'node': action.name,
+        'executable': action.executable, 'node': action.name,
         'namespace': action.namespace, 'files': files,
         'parameters': {name: plain(value) for name, value in values.items()},
         'remappings': dict(action.remappings), 'env': action.additional_env,
@@ -113,7 +113,7 @@ def of_command(process):
     added = {name: environment_of(process)[name] for name in process.environment}
     if process.command:
         return {'command': words, 'env': added, 'required': process.required}
-    found = {'module': words[words.index('-m') + 1], 'node': '', 'namespace': '', 'files': [],
+    found = {'executable': words[words.index('-m') + 2], 'node': '', 'namespace': '', 'files': [],
              'parameters': {}, 'remappings': {}, 'env': added, 'required': process.required,
              'level': words[words.index('--log-level') + 1]}
     for flag, word in zip(words, words[1:], strict=False):
@@ -287,8 +287,9 @@ def test_value_of_another_kind_is_refused_with_what_is_allowed(name, text, allow
 def test_parameters_of_the_graph_exist_in_the_tables_of_the_nodes():
     from quantvla_ros.nodes.parameters import POLICY_NODE
     from quantvla_ros.nodes.recording import RECORD_NODE
+    from quantvla_ros.sim.parameters import SIM_NODE
 
-    tables = {'policy_node': POLICY_NODE, 'record_node': RECORD_NODE}
+    tables = {'policy_node': POLICY_NODE, 'record_node': RECORD_NODE, 'sim_node': SIM_NODE}
     for graph in GRAPHS.values():
         given = {'record': 'true'} if graph.name != 'record' else {}
         for process in graph.processes({'recorder': 'record_node', **given}):

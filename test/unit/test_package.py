@@ -62,7 +62,8 @@ def check_starter(prefix, site):
     decoy = prefix / 'decoy'
     (decoy / 'quantvla_ros').mkdir(parents=True)
     (decoy / 'quantvla_ros/__init__.py').write_text('raise SystemExit("the decoy was imported")')
-    (site / 'quantvla_ros/nodes/record_node.py').write_text('import sys; print(sys.argv[1:])')
+    (site / 'quantvla_ros/nodes/record_node.py').write_text(
+        'import sys\ndef main():\n    print(sys.argv[1:])\n')
     starter = prefix / 'lib/quantvla_ros/record_node'
     out = run(str(starter), '--ros-args', 'a b', cwd=decoy, PYTHONPATH=str(site))
     assert out.strip() == "['--ros-args', 'a b']"
