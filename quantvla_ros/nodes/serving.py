@@ -146,7 +146,9 @@ class Serving:
             raise ValueError(self.no_controller())
         gc.collect()
         gc.freeze()  # a collection of all that torch has made would hold the control tick up
-        self.control = ControlThread(self.tick, self.contract.controller.rate_hz)
+        self.control = ControlThread(
+            self.tick, self.contract.controller.rate_hz, self.values['control_priority']
+        )
         self.control.start()
 
     def enable(self) -> None:
@@ -214,7 +216,13 @@ class Serving:
         if hung:
             guard.stop('inference_timeout', hung)
         now_ns = self.clock.now_ns()
-        setpoint = guard.tick(self.player.sample(now_ns), self._measured(), faults)
+        sample = self.player.sample(now_ns)
+        running_s = inference.running_s(self.clock.steady_ns())
+        if sample is not None and sample.exhausted and running_s:
+            guard.stop(
+                'exhausted', f'the plan ran out while the inference had run for {running_s:.2f} s'
+            )
+        setpoint = guard.tick(sample, self._measured(), faults)
         self._moving = setpoint is not None and (
             float(np.abs(setpoint.velocities).max()) > MOVING_SPEED
         )
