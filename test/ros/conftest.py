@@ -92,15 +92,20 @@ def make_contract(folder, kind):
 
 
 @pytest.fixture
-def contract_path(tmp_path):
-    return make_contract(tmp_path, 'forward_command')
+def contract_path(tmp_path, controller_kind):
+    return make_contract(tmp_path, controller_kind)
 
 
 @pytest.fixture
-def robot(graph):
+def controller_kind():
+    return 'forward_command'
+
+
+@pytest.fixture
+def robot(graph, controller_kind):
     SweepPolicy.mode = 'good'
     SweepPolicy.released.clear()
-    made = Robot().start()
+    made = Robot(controller_kind).start()
     yield made
     made.stop()
 

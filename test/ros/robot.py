@@ -141,6 +141,9 @@ class Robot:
         if isinstance(message, Float64MultiArray):
             elbow, shoulder = message.data
             self.positions.update(elbow=elbow, shoulder=shoulder)
+        else:
+            self.positions.update(
+                zip(message.joint_names, message.points[0].positions, strict=True))
         self._keep(self.commands, message)
 
     def _spin(self):
