@@ -62,7 +62,7 @@ class _Seen:
     steady_ns: int
     digest: int | None
     same_since_ns: int  # steady, since when the content has been the same
-    good_ns: int  # steady, when the last message without fault came
+    good: bool  # the last message was without fault
     fault: Fault | None = None  # of a single message
     fault_ns: int = 0  # steady
 
@@ -104,14 +104,13 @@ class Freshness:
             steady_ns,
             digest,
             last.same_since_ns if last is not None and same else steady_ns,
-            steady_ns,
+            True,
             last.fault if last is not None else None,
             last.fault_ns if last is not None else 0,
         )
         fault = self._stamp_fault(name, stamp_ns, last)
         if fault is not None:
-            good_ns = last.good_ns if last is not None else -1
-            seen = replace(seen, fault=fault, fault_ns=steady_ns, good_ns=good_ns)
+            seen = replace(seen, fault=fault, fault_ns=steady_ns, good=False)
         self._seen[name] = seen
 
     def broken(self, name: str, kind: str, sentence: str) -> None:
@@ -119,8 +118,8 @@ class Freshness:
         steady_ns, last = self._clock.steady_ns(), self._seen[name]
         fault = Fault(name, kind, f'{name}: {sentence}')
         if last is None:  # never a good message: the fault stands beside the silence
-            last = _Seen(0, self._started_ns, None, self._started_ns, -1)
-        self._seen[name] = replace(last, fault=fault, fault_ns=steady_ns)
+            last = _Seen(0, self._started_ns, None, self._started_ns, False)
+        self._seen[name] = replace(last, fault=fault, fault_ns=steady_ns, good=False)
 
     def _stamp_fault(self, name: str, stamp_ns: int, last: _Seen | None) -> Fault | None:
         if stamp_ns <= 0:
@@ -174,7 +173,7 @@ class Freshness:
         faults = []
         if seen is not None and seen.fault is not None:
             held_s = (steady_ns - seen.fault_ns) / NS_PER_S
-            if seen.fault_ns > seen.good_ns or held_s <= FAULT_HOLD_S:
+            if not seen.good or held_s <= FAULT_HOLD_S:
                 faults.append(seen.fault)
         heard_ns = self._started_ns if seen is None else seen.steady_ns
         silent_s = (steady_ns - heard_ns) / NS_PER_S
