@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {
+    'bench control': ('quantvla_ros.bench.control', 'a million hostile commands, judged'),
 }
 
 
