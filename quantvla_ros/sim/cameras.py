@@ -101,7 +101,7 @@ class CameraLoop:
         wanted: Callable[[], list[str]],
         rate_hz: Callable[[], float],
         deliver: Deliver,
-        failed: Callable[[BaseException], None],
+        failed: Callable[[], None],
     ) -> None:
         self._rig, self._newest, self._wanted = rig, newest, wanted
         self._rate_hz, self._deliver, self._failed = rate_hz, deliver, failed
@@ -133,7 +133,7 @@ class CameraLoop:
                     self._deliver(name, picture, snapshot.stamp_ns)
                     self.pictures += 1
                 self._stop.wait(max(0.0, 1.0 / self._rate_hz() - (time.monotonic() - begin)))
-        except Exception as error:  # the border of a thread: the node says it and ends
-            self._failed(error)
+        except Exception:  # the border of a thread: the node says it and ends
+            self._failed()
         finally:
             self._rig.close()

@@ -37,6 +37,8 @@ SIM_NODE: tuple[Parameter, ...] = (
               'joint_trajectory: accept messages that name only some joints.'),
     Parameter('publish_instruction', True, '', START,
               "Publish the task's instruction, latched, on the contract's instruction topic."),
+    Parameter('max_texture', 0, 'px', START,
+              'Scale textures down to this edge; 0 keeps the originals.', 0, 8192),
     Parameter('camera.rate_hz', 20.0, 'Hz', LIVE,
               'Most pictures per second and camera; rendering may allow fewer.', 0.1, 60.0),
     Parameter('camera.width', 0, 'px', START,
@@ -45,8 +47,6 @@ SIM_NODE: tuple[Parameter, ...] = (
               "Height of the pictures; 0 takes the contract's.", 0, 4096),
     Parameter('camera.jpeg_quality', 90, '', LIVE,
               'Quality of the compressed pictures.', 1, 100),
-    Parameter('max_texture', 0, 'px', START,
-              'Scale textures down to this edge; 0 keeps the originals.', 0, 8192),
 )
 
 

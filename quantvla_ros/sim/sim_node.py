@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,10 @@ import rclpy
 from builtin_interfaces.msg import Time
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import ExternalShutdownException
+from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
+from rclpy.signals import SignalHandlerOptions
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray, String
@@ -35,6 +36,7 @@ from quantvla_ros.action import NS_PER_S
 from quantvla_ros.contract import load_contract
 from quantvla_ros.nodes.names import COMMAND, LATCHED, ROBOT_DESCRIPTION, SENSOR
 from quantvla_ros.nodes.parameters import declare, read
+from quantvla_ros.nodes.signals import STOP
 from quantvla_ros.sim.cameras import CameraLoop, CameraRig, Snapshot, View, check_views
 from quantvla_ros.sim.controller_rules import read_message
 from quantvla_ros.sim.pacing import Pacer
@@ -99,6 +101,7 @@ class SimNode(Node):
         self._period_ns = round(self.robot.period_s * NS_PER_S)
         self._pacer = Pacer(self.robot.period_s, time.monotonic_ns)
         self._stop = threading.Event()
+        self.failed = False
         self._newest: Snapshot | None = None  # written by physics, read by cameras
         self._periods = 0
         self._last_camera_ns = 0
@@ -110,7 +113,7 @@ class SimNode(Node):
         self._cameras = CameraLoop(
             self._rig, lambda: self._newest, self._wanted_cameras,
             lambda: float(self.get_parameter('camera.rate_hz').value), self._publish_picture,
-            self._camera_failed)
+            lambda: self._fail('cameras'))
         self._make_publishers(values)
         self._start_episode()
         self._make_inputs()
@@ -193,10 +196,8 @@ class SimNode(Node):
             while not self._stop.wait(self._pacer.wait_s()):
                 self._advance()
                 self._pacer.done()
-        except Exception as error:  # the border of a thread: say it and end the node
-            if rclpy.ok(context=self.context):
-                self.get_logger().fatal(f'physics stopped: {error!r}')
-                self.context.try_shutdown()
+        except Exception:  # the border of a thread: say it and end the node
+            self._fail('physics')
 
     def _advance(self) -> None:
         """Run one control period and publish what it showed."""
@@ -356,35 +357,36 @@ class SimNode(Node):
             quality = int(self.get_parameter('camera.jpeg_quality').value)
             self._jpeg_pubs[name].publish(jpeg_message(picture, quality, frame, stamp_ns))
 
-    def _camera_failed(self, error: BaseException) -> None:
-        if rclpy.ok(context=self.context):
-            self.get_logger().fatal(f'cameras stopped: {error!r}')
-            self.context.try_shutdown()
+    def _fail(self, what: str) -> None:
+        """Record that a thread has died; main ends the process with status 1."""
+        self.failed = True
+        self.get_logger().fatal(f'{what} stopped:\n{traceback.format_exc()}')
 
 
-def main(argv: list[str] | None = None, ready: Callable[[], None] | None = None) -> int:
-    """Run the simulated robot until interrupted; return the exit status."""
-    rclpy.init(args=argv)
-    node = None
+def main(argv: list[str] | None = None) -> int:
+    """Run the simulated robot until SIGINT or SIGTERM; return the exit status."""
+    STOP.install()
+    rclpy.init(args=argv, signal_handler_options=SignalHandlerOptions.NO)
     try:
         node = SimNode()
-        node.start()
-        if ready is not None:
-            ready()
-        rclpy.spin(node)
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         sys.stderr.write(f'sim_node: {error}\n')
-        return 2
-    finally:
-        # Ctrl-C reaches the whole group, often twice: a second one must not cut this short
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if node is not None:
-            node.stop()
-            node.destroy_node()
         rclpy.try_shutdown()
-    return 0
+        return 2
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        node.start()
+        while not STOP and not node.failed and rclpy.ok():
+            executor.spin_once(timeout_sec=0.1)
+    finally:
+        # a second Ctrl-C may fall into the interpreter's own end, where only "ignore" is kept
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        node.stop()
+        executor.remove_node(node)
+        node.destroy_node()
+        rclpy.try_shutdown()
+    return int(node.failed)
 
 
 if __name__ == '__main__':
