@@ -30,20 +30,6 @@ if TYPE_CHECKING:
 START_S = 180.0  # loading the scene and the policy on a slow machine
 EPISODE_S = 90.0
 STEPS = 400  # LIBERO's control steps of 50 ms
-# One machine renders, simulates and infers: pictures may be older than on a robot.
-PATIENT = """/**:
-  ros__parameters:
-    freshness:
-      camera_max_age_s: 1.0
-      camera_max_silence_s: 2.0
-      joints_max_age_s: 0.5
-      joints_max_silence_s: 1.0
-      wait_s: 20.0
-    inference:
-      timeout_s: 20.0
-    limits:
-      description_timeout_s: 120.0
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,12 +60,11 @@ def run(args: argparse.Namespace) -> int:
     policy, model = choose_policy(args.policy, args.model)
     tasks = [args.task if args.task >= 0 else number % 10 for number in range(args.episodes)]
     pack_scenes(args.suite, tasks)
-    (out / 'patient.yaml').write_text(PATIENT)
     given = {
         'suite': args.suite, 'task': str(tasks[0]), 'policy': policy, 'model': model,
         'precision': args.precision, 'camera_rate': str(args.camera_rate), 'record': 'true',
         'recorder': 'record_node', 'bag': str(out / 'bag'), 'enable_on_activate': 'false',
-        'params_file': str(out / 'patient.yaml'),
+        'params_file': str(share_path('config/slow_machine.yaml')),
     }
     graph = graph_named('sim')
     processes = graph.processes(given)
