@@ -47,7 +47,8 @@ def machine() -> Figures:
     lines = Path('/proc/cpuinfo').read_text().split('\n')
     names = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
     return {'cpu': names[0] if names else 'unknown CPU', 'cores': os.cpu_count(),
-            'load': os.getloadavg()[0], 'kernel': os.uname().release, 'python': sys.version.split()[0]}
+            'load': os.getloadavg()[0], 'kernel': os.uname().release,
+            'python': sys.version.split()[0]}
 
 
 def percentiles(values: Any) -> Figures:
@@ -153,7 +154,7 @@ def _parameters(root: Path) -> str:
     """Write the patient parameters, without blending: a command then shows its chunk at once."""
     data = yaml.safe_load(share_path('config/slow_machine.yaml').read_text())
     (values,) = data.values()
-    values['ros__parameters']['player'] = {'blend_s': 0.0}
+    values['ros__parameters']['player'] = {'blend_s': 0.001}
     path = root / 'parameters.yaml'
     path.write_text(yaml.safe_dump(data))
     return str(path)
@@ -166,7 +167,9 @@ def status(dds: str = 'local') -> Figures:
             '    assert o.wait(lambda: bool(o.policy), 20), "no status"\n'
             '    print(json.dumps(o.policy))')
     done = subprocess.run([sys.executable, '-c', code], env=variables(dds), text=True,
-                          stdout=subprocess.PIPE, timeout=60, check=True)
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+    if done.returncode:
+        raise ValueError('the policy node published no status within 20 s; it did not start')
     return json.loads(done.stdout)
 
 
