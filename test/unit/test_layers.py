@@ -9,7 +9,7 @@ import pytest
 import quantvla_ros
 
 ROOT = Path(quantvla_ros.__file__).parent
-WORDS = {'observation', 'action', 'contract', 'decode', 'sections', 'resources'}
+WORDS = {'observation', 'action', 'contract', 'decode', 'builder', 'sections', 'resources'}
 BELOW = {
     'words': WORDS,
     'control': WORDS,
