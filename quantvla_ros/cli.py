@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'bench control': ('quantvla_ros.bench.control', 'a million hostile commands, judged'),
     'bench parity': ('quantvla_ros.bench.parity', 'Compare World with LIBERO, step by step.'),
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
+    'eval': ('quantvla_ros.sim.evaluate', "success rates on LIBERO's official initial states"),
+    'bench policy': ('quantvla_ros.bench.policy', 'latency and memory of the shipped policy'),
 }
 
 
