@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ament_python build: `colcon build` and `pip install .` put the same files in the same places."""
 
-import sys
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
-
-sys.path.insert(0, str(Path(__file__).parent))  # build backends leave the source tree out
-from quantvla_ros.kernels.cpu.build import build_commands  # noqa: E402
 
 PACKAGE = 'quantvla_ros'
 SHARE = f'share/{PACKAGE}'
@@ -30,7 +27,7 @@ setup(
     maintainer='quantvla_ros maintainers',
     maintainer_email='maintainers@quantvla-ros.example',
     python_requires='>=3.10',
-    cmdclass=build_commands(),
+    cmdclass=runpy.run_path(f'{PACKAGE}/kernels/cpu/build.py')['build_commands'](),
     package_data={f'{PACKAGE}.kernels.cpu': ['*.cpp', '*.h']},
     packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
     data_files=[

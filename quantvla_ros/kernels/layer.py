@@ -31,7 +31,11 @@ class Options:
 
 
 def check_layer(
-    weight: Weight, bias: Tensor | None, options: Options, up: Weight | None, up_bias: Tensor | None
+    weight: Weight,
+    bias: Tensor | None,
+    options: Options,
+    up: Weight | None,
+    up_bias: Tensor | None,
 ) -> None:
     """Raise ValueError with a sentence for a layer that no kernel serves."""
     rows, columns = weight.shape
@@ -105,8 +109,8 @@ class ReferenceLayer(Layer):
     ) -> None:
         self.n, self.k = weight.shape
         self.nbytes = weight.nbytes + (up.nbytes if up else 0)
-        self.parts = dict(weight=weight, bias=bias, up=up, up_bias=up_bias)
-        self.options = options
+        self.weight, self.bias, self.options = weight, bias, options
+        self.up, self.up_bias = up, up_bias
 
     def __call__(
         self,
@@ -121,8 +125,9 @@ class ReferenceLayer(Layer):
         _refuse_scale(act_scale)
         o = self.options
         return reference.linear(
-            x, **self.parts, act_bits=o.act_bits, hadamard=o.hadamard, activation=o.activation,
-            act_scale=act_scale, gate=gate, residual=residual)  # type: ignore[arg-type]
+            x, self.weight, self.bias, act_bits=o.act_bits, act_scale=act_scale,
+            hadamard=o.hadamard, activation=o.activation, up=self.up, up_bias=self.up_bias,
+            gate=gate, residual=residual)
 
 
 def _refuse_scale(act_scale: float | None) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fixed sequence of layers and attentions on fixed buffers, run by one call.
 
-Between fast layers the interpreter is what is left: a transformer block is eight calls, a denoising
-loop hundreds. A Program records them once and runs them in C++ with one wake-up of the threads.
-Generic: it knows linear layers (with a norm before and a gate and a residual after) and attention,
-no policy. Without a kernel library the same sequence runs on the reference.
+Between fast layers the interpreter is what is left: a transformer block is eight calls, a
+denoising loop hundreds. A Program records them once and runs them in C++ with one wake-up of the
+threads. Generic: it knows linear layers (with a norm before and a gate and a residual after) and
+attention, no policy. Without a kernel library the same sequence runs on the reference.
 """
 
 from __future__ import annotations
@@ -144,9 +144,10 @@ class Program:
                                      'query and key, contiguous')
 
         def step() -> None:
-            parts = [t.reshape(batch, -1, h, dim)
-                     for t, h in ((q, heads), (k, kv_heads), (v, kv_heads))]
-            y.copy_(reference.attention(*parts, cos, sin).reshape(len(q), -1))
+            out = reference.attention(
+                q.reshape(batch, -1, heads, dim), k.reshape(batch, -1, kv_heads, dim),
+                v.reshape(batch, -1, kv_heads, dim), cos, sin)
+            y.copy_(out.reshape(len(q), -1))
 
         self._steps.append(step)
         self._kept += [q, k, v, y, rotary]

@@ -185,7 +185,7 @@ def dequantize(weight: Weight) -> Tensor:
 
 
 def mix(parts: Sequence[tuple[PackedWeight, Tensor]], rows: int) -> MixedWeight:
-    """Make a MixedWeight from (part, the layer's rows that it holds); all other rows are pruned."""
+    """Make a MixedWeight from (part, the rows that it holds); all other rows are pruned."""
     ordered = sorted(parts, key=lambda part: -part[0].bits)
     held = torch.cat([index.to(torch.int64) for _, index in ordered])
     pruned = torch.ones(rows, dtype=torch.bool)
