@@ -54,8 +54,9 @@ def quantize_activations(
     finite = torch.isfinite(x).all(-1, keepdim=True)
     zero = amax < TINY
     if scale is None:
-        inverse = top / amax
-        scales = torch.where(zero, torch.ones_like(amax), amax / top)
+        tops = torch.full_like(amax, top)  # number / tensor would be reciprocal, then product
+        inverse = tops / amax
+        scales = torch.where(zero, torch.ones_like(amax), amax / tops)
         inverse = torch.where(zero, torch.zeros_like(amax), inverse)
     else:
         scales = torch.full_like(amax, scale)
