@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ament_python build: `colcon build` and `pip install .` put the same files in the same places."""
 
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -26,6 +27,8 @@ setup(
     maintainer='quantvla_ros maintainers',
     maintainer_email='maintainers@quantvla-ros.example',
     python_requires='>=3.10',
+    cmdclass=runpy.run_path(f'{PACKAGE}/kernels/cpu/build.py')['build_commands'](),
+    package_data={f'{PACKAGE}.kernels.cpu': ['*.cpp', '*.h']},
     packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{PACKAGE}']),
