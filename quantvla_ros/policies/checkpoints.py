@@ -29,7 +29,9 @@ class CheckpointError(ValueError):
 class Source(Protocol):
     """Named tensors somewhere: shapes are cheap, tensors are read one at a time."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every stored tensor, by its key."""
 
     def read(self, key: str) -> Tensor:
         """Return one tensor."""
@@ -40,17 +42,18 @@ class SafetensorsSource:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files: dict[str, Any] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for path in files:
             try:
                 opened = safe_open(str(path), framework='pt')
                 for key in opened.keys():  # noqa: SIM118  (not a mapping)
                     self._files[key] = opened
-                    self.shapes[key] = tuple(opened.get_slice(key).get_shape())
+                    shapes[key] = tuple(opened.get_slice(key).get_shape())
             except Exception as error:
                 raise CheckpointError(
                     f'{path} is not a whole safetensors file ({error}); copy it again'
                 ) from error
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def read(self, key: str) -> Tensor:
         """Return one tensor."""
@@ -62,7 +65,9 @@ class DictSource:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
-        self.shapes = {key: tuple(value.shape) for key, value in self._tensors.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            key: tuple(value.shape) for key, value in self._tensors.items()
+        }
 
     def read(self, key: str) -> Tensor:
         """Return one tensor."""
@@ -113,13 +118,8 @@ class Place:
     shape: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None
 
 
-class KeyMap(Protocol):
-    """From the keys of one format to places in a model."""
-
-    def __call__(self, key: str) -> Place | None:
-        """Return the place of a stored key, or None when this format does not know the key."""
-
-
+# From the keys of one format to places in a model; None: this format does not know the key.
+KeyMap = Callable[[str], 'Place | None']
 Dead = Callable[[str], bool]
 
 

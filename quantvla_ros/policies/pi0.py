@@ -40,6 +40,8 @@ class Pi0Config:
 class Pi0(PiPrefix):
     """The whole network on normalised tensors."""
 
+    NOISE_TIME = 1.0  # time of pure noise; the chunk is at the other end
+
     def __init__(self, config: Pi0Config) -> None:
         super().__init__(config.vision, config.backbone, config.vocabulary)
         self.config = config
