@@ -8,6 +8,7 @@ enough for a laptop; names, files and processors are exactly what the packages w
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def shake(module: torch.nn.Module, seed: int) -> None:
             value.copy_((fresh + centre).to(value.dtype))
 
 
-def small_tokenizer(folder: Path, vocabulary: int) -> Any:
+def small_tokenizer(folder: Path, vocabulary: int, marks: Sequence[str] = ()) -> Any:
     """Train a byte-level tokenizer with a <bos> in front, as PaliGemma's puts one."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -69,7 +70,7 @@ def small_tokenizer(folder: Path, vocabulary: int) -> Any:
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=['<pad>', '<eos>', '<bos>', '<unk>'],
+        special_tokens=['<pad>', '<eos>', '<bos>', '<unk>', *marks],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     core.train_from_iterator([TASK, 'Task: , State: 0 1 2 3 4 5 6 7 8 9;\nAction: '], trainer)

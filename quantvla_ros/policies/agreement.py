@@ -7,6 +7,7 @@ is checked when the policy is made, all problems at once. Knows no tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ class Agreement:
     cameras: (slot of the checkpoint, camera of the contract), in the checkpoint's order.
     state, action: joints in the checkpoint's order, and what one SI unit is in its units.
     kind: what an action is: a target, a difference to the measured position, or a rate per s.
+    state_parts, action_parts: names and order of the parts in GR00T's metadata.json.
     gripper: the checkpoint's values for open and closed, or None where it speaks the joint's own.
     """
 
@@ -34,6 +36,8 @@ class Agreement:
     state_units: np.ndarray
     action: tuple[str, ...]
     action_units: np.ndarray
+    state_parts: tuple[str, ...]
+    action_parts: tuple[str, ...]
     kind: str
     gripper: tuple[float, float] | None
     horizon: int
@@ -43,11 +47,27 @@ class Agreement:
     tokenizer: str
 
 
-def _joints(section: Section, key: str, default: tuple[str, ...]) -> tuple[tuple[str, ...], list]:
+@dataclass(frozen=True)
+class _Side:
+    """State or action: joints in the checkpoint's order, factors from SI, parts."""
+
+    joints: tuple[str, ...]
+    factors: np.ndarray
+    parts: tuple[str, ...]
+    kind: str
+
+
+def _side(section: Section, key: str, joints: tuple[str, ...], kinds: Sequence[str]) -> _Side:
     part = section.section(key, required=False)
-    names = part.names('joints', default)
-    factors = [1.0 / UNITS[unit] for unit in part.units(len(names))]
-    return names, factors
+    names = part.names('joints', joints)
+    side = _Side(
+        names,
+        np.array([1.0 / UNITS[unit] for unit in part.units(len(names))]),
+        part.names('parts') if 'parts' in part.data else (),
+        part.choice('kind', kinds, kinds[0]) if kinds else '',
+    )
+    part.done()
+    return side
 
 
 def _gripper(section: Section) -> tuple[float, float] | None:
@@ -74,17 +94,18 @@ def read_agreement(contract: Contract) -> Agreement:
     """Check the section. Raises ContractError that lists every problem."""
     problems: list[str] = []
     section = Section('model', dict(contract.model), problems)
-    state, state_units = _joints(section, 'state', contract.joints.names)
-    action, action_units = _joints(section, 'action', contract.action.joints)
-    part = section.section('action', required=False)
-    part.known |= {'joints', 'units'}
+    state = _side(section, 'state', contract.joints.names, ())
+    kinds = (contract.action.kind, *(kind for kind in KINDS if kind != contract.action.kind))
+    action = _side(section, 'action', contract.action.joints, kinds)
     agreement = Agreement(
         cameras=_cameras(section, contract),
-        state=state,
-        state_units=np.array(state_units),
-        action=action,
-        action_units=np.array(action_units),
-        kind=part.choice('kind', KINDS, contract.action.kind),
+        state=state.joints,
+        state_units=state.factors,
+        action=action.joints,
+        action_units=action.factors,
+        state_parts=state.parts,
+        action_parts=action.parts,
+        kind=action.kind,
         gripper=_gripper(section),
         horizon=section.positive('horizon', int, contract.action.horizon),
         prompt=section.choice('prompt', PROMPTS, ''),
@@ -92,7 +113,6 @@ def read_agreement(contract: Contract) -> Agreement:
         normalization=section.choice('normalization', NORMALIZATIONS, ''),
         tokenizer=section.text('tokenizer', ''),
     )
-    part.done()
     section.done()
     _check_names(agreement, contract, section)
     if problems:

@@ -2,15 +2,15 @@
 """Statistics of a dataset: numbers of the robot in, numbers of the model out, and back.
 
 Four published ways of writing them down (lerobot, openpi, GR00T, OpenVLA) become one value,
-Affine: model = (robot - shift) / scale, robot = model * back + shift. The formats differ in how
-they guard a scale of zero, so each keeps its own guard. Knows no joint and no unit.
+Affine. The formats differ in how they guard a number without spread; each keeps its own guard.
+Knows no joint and no unit.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ NEEDED = {'quantiles': ('q01', 'q99'), 'mean_std': ('mean', 'std'), 'min_max': (
 class Affine:
     """How one feature is normalised: arrays (size,) float64.
 
-    clip: bounds of the normalised value, as GR00T's q99 and OpenVLA keep; infinite for none.
+    model = clip((robot - shift) / scale); robot = model * back + offset. Where a format maps a
+    number without spread onto itself or onto a constant, the two ways differ.
     """
 
     shift: np.ndarray
     scale: np.ndarray
     back: np.ndarray
-    clip: float = np.inf
+    offset: np.ndarray
+    clip: np.ndarray
 
     @property
     def size(self) -> int:
@@ -53,12 +55,16 @@ class Affine:
 
     def to_robot(self, values: np.ndarray) -> np.ndarray:
         """Numbers of the model (..., size) -> numbers of the robot, float64."""
-        return np.asarray(values, np.float64) * self.back + self.shift
+        return np.asarray(values, np.float64) * self.back + self.offset
 
 
-def _centred(low: np.ndarray, span: np.ndarray, back: np.ndarray) -> Affine:
+def _plain(shift: np.ndarray, scale: np.ndarray, back: np.ndarray) -> Affine:
+    return Affine(shift, scale, back, shift, np.full(len(shift), np.inf))
+
+
+def _span(low: np.ndarray, span: np.ndarray) -> Affine:
     """(x - low) / span * 2 - 1, written as one shift and one scale."""
-    return Affine(low + span / 2, span / 2, back / 2)
+    return _plain(low + span / 2, span / 2, span / 2)
 
 
 def affine(mode: str, stats: Mapping[str, Any], source: str, guard: str) -> Affine:
@@ -69,23 +75,48 @@ def affine(mode: str, stats: Mapping[str, Any], source: str, guard: str) -> Affi
     """
     if mode == 'identity':
         size = len(np.asarray(next(iter(stats.values()))))
-        return Affine(np.zeros(size), np.ones(size), np.ones(size))
+        return _plain(np.zeros(size), np.ones(size), np.ones(size))
     absent = [name for name in NEEDED[mode] if stats.get(name) is None]
     if absent:
         raise CheckpointError(f'{source} lacks {", ".join(absent)}, which {mode} needs')
     first, second = (np.asarray(stats[n], np.float64).reshape(-1) for n in NEEDED[mode])
     if mode == 'mean_std':
         if guard == 'openpi':
-            return Affine(first, second + 1e-6, second + 1e-6)
-        return Affine(first, second + 1e-8, second)
+            return _plain(first, second + 1e-6, second + 1e-6)
+        return _plain(first, second + 1e-8, second)
     span = second - first
     if guard == 'openpi':
-        return _exact(first, span + 1e-6)
-    return _exact(first, np.where(span == 0, 1e-8, span))
+        return _span(first, span + 1e-6)
+    return _span(first, np.where(span == 0, 1e-8, span))
 
 
-def _exact(low: np.ndarray, span: np.ndarray) -> Affine:
-    return _centred(low, span, span)
+def groot_affine(mode: str, stats: Mapping[str, Any], source: str) -> Affine:
+    """Make the map of one part of GR00T: numbers without spread have rules of their own.
+
+    min_max sends them to 0, quantiles and mean_std leave them as they are; quantiles also clip.
+    """
+    if mode == 'identity':
+        return affine(mode, stats, source, 'groot')
+    absent = [name for name in NEEDED[mode] if stats.get(name) is None]
+    if absent:
+        raise CheckpointError(f'{source} lacks {", ".join(absent)}, which {mode} needs')
+    first, second = (np.asarray(stats[n], np.float64).reshape(-1) for n in NEEDED[mode])
+    flat = second == 0 if mode == 'mean_std' else first == second
+    map_ = _plain(first, second, second) if mode == 'mean_std' else _span(first, second - first)
+    kept = np.inf if mode == 'min_max' else 1.0
+    return Affine(
+        np.where(flat & (mode != 'min_max'), 0.0, map_.shift),
+        np.where(flat, kept, map_.scale),
+        map_.back,
+        map_.offset,
+        np.full(len(first), 1.0 if mode == 'quantiles' else np.inf),
+    )
+
+
+def join(maps: Sequence[Affine]) -> Affine:
+    """Put the maps of several parts behind one another."""
+    columns = [[getattr(m, f.name) for m in maps] for f in fields(Affine)]
+    return Affine(*(np.concatenate(column) for column in columns))
 
 
 def lerobot_statistics(

@@ -31,6 +31,7 @@ DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16}
 OPENERS = {
     'pi05': 'quantvla_ros.policies.pi_folder:open_pi',
     'pi0': 'quantvla_ros.policies.pi_folder:open_pi',
+    'groot_n15': 'quantvla_ros.policies.groot_folder:open_groot',
 }
 
 

@@ -62,7 +62,7 @@ def drop_modulation(model: Any, steps: int) -> Saving:
         if isinstance(getattr(module, 'dense', None), nn.Linear):
             parameters += count(module.dense)
             module.dense = None
-    for name in ('time_in', 'time_out'):
+    for name in ('time_in', 'time_out', 'last_modulation'):
         parameters += count(getattr(model, name, None))
         if hasattr(model, name):
             setattr(model, name, None)
