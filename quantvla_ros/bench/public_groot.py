@@ -152,6 +152,7 @@ def _build() -> Any:
         use_pixel_shuffle=False, mlp_connector_layers=1, select_layer=-1,
         force_image_size=IMAGE, image_token_index=4 + MARKS.index('<IMG_CONTEXT>'),
     )
+    config._attn_implementation = 'sdpa'
     eagle = Eagle25VLForConditionalGeneration(
         config, SiglipVisionModel(config.vision_config), Qwen3ForCausalLM(config.text_config)
     )

@@ -55,7 +55,7 @@ def groot_sizes(shapes: Shapes, horizon: int) -> GrootConfig:
     return GrootConfig(
         vision=vision_sizes(shapes, names.TOWER),
         backbone=backbone,
-        vocabulary=shapes.of(names.EMBEDDING)[0],
+        vocabulary=shapes.of(_embedding(shapes))[0],
         context_layers=shapes.depth(names.CONTEXT),
         context_hidden=shapes.of(f'{names.CONTEXT}.0.ff.net.0.proj.weight')[0],
         context_heads=HEADS,
@@ -74,21 +74,27 @@ def groot_sizes(shapes: Shapes, horizon: int) -> GrootConfig:
     )
 
 
+def _embedding(shapes: Shapes) -> str:
+    return names.EMBEDDING if names.EMBEDDING in shapes else names.LM_HEAD
+
+
 def groot_network(
     folder: Folder, horizon: int, embodiment: int
 ) -> tuple[GrootN15, Callable[..., None]]:
     """Build the network without storage, and the function that loads it."""
     strip = LEROBOT_PREFIX if folder.format == 'lerobot' else ''
     _check_config(folder.config.get('action_head_cfg', {}))
-    sizes = groot_sizes(Shapes(folder.weights.shapes, strip), horizon)
+    shapes = Shapes(folder.weights.shapes, strip)
+    sizes = groot_sizes(shapes, horizon)
+    tied = _embedding(shapes) == names.LM_HEAD
     if not 0 <= embodiment < sizes.embodiments:
         raise CheckpointError(f'embodiment slot {embodiment} is not one of {sizes.embodiments}')
     with torch.device('meta'):
         model = GrootN15(sizes)
 
     def fill(**options: Any) -> None:
-        load(model, folder.weights, names.groot_map(embodiment, strip), names.groot_dead(strip),
-             **options)
+        load(model, folder.weights, names.groot_map(embodiment, strip, tied=tied),
+             names.groot_dead(strip, tied=tied), **options)
 
     return model, fill
 

@@ -12,6 +12,7 @@ EAGLE = 'backbone.eagle_model'
 TOWER = f'{EAGLE}.vision_model.vision_model'
 LAYERS = f'{EAGLE}.language_model.model.layers'
 EMBEDDING = f'{EAGLE}.language_model.model.embed_tokens.weight'
+LM_HEAD = f'{EAGLE}.language_model.lm_head.weight'
 HEAD = 'action_head'
 BLOCKS = f'{HEAD}.model.transformer_blocks'
 CONTEXT = f'{HEAD}.vl_self_attention.transformer_blocks'
@@ -60,9 +61,13 @@ STACKED = {
 }
 
 
-def groot_map(embodiment: int, strip: str) -> Callable[[str], Place | None]:
-    """Key map that takes one embodiment out of the stacked tensors."""
-    plain = key_map(RULES, strip)
+def groot_map(embodiment: int, strip: str, *, tied: bool) -> Callable[[str], Place | None]:
+    """Key map that takes one embodiment out of the stacked tensors.
+
+    tied: the file stores the embedding only under the name of the head over words, as lerobot
+    does when it drops duplicates.
+    """
+    plain = key_map([*RULES, (LM_HEAD, 'embedding.weight')] if tied else RULES, strip)
 
     def look_up(key: str) -> Place | None:
         name, _, part = key.removeprefix(strip).rpartition('.')
@@ -77,7 +82,7 @@ def groot_map(embodiment: int, strip: str) -> Callable[[str], Place | None]:
     return look_up
 
 
-def groot_dead(strip: str) -> Callable[[str], bool]:
+def groot_dead(strip: str, *, tied: bool) -> Callable[[str], bool]:
     """Tensors that make no action: the head over words, the vision tower's pooling head."""
-    heads = (f'{EAGLE}.language_model.lm_head.', f'{TOWER}.head.')
+    heads = (f'{TOWER}.head.',) if tied else (f'{TOWER}.head.', LM_HEAD)
     return lambda key: key.removeprefix(strip).startswith(heads)
