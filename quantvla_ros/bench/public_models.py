@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from quantvla_ros.bench.parity_case import TASK
 from quantvla_ros.policies.flow import noise
 
 NEEDS = ('lerobot', 'transformers', 'tokenizers', 'diffusers', 'timm')
 IMAGE = 28
-TASK = 'pick up_the black bowl\nand place it'
 
 
 class PackagesMissing(ValueError):  # noqa: N818  (the user mends it with pip)
@@ -47,17 +47,6 @@ def _forgive_torchvision() -> None:
         return register(op, *args, **kwargs)
 
     torch.library.register_fake = patched
-
-
-def shake(module: torch.nn.Module, seed: int) -> None:
-    """Give every parameter random values, so that no zero start hides a difference."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in sorted(module.named_parameters()):
-            scale = 0.3 if value.ndim == 1 else max(value.shape[-1], 1) ** -0.5
-            fresh = torch.randn(value.shape, generator=generator) * scale
-            centre = 1.0 if value.ndim == 1 and name.endswith('weight') else 0.0
-            value.copy_((fresh + centre).to(value.dtype))
 
 
 def small_tokenizer(folder: Path, vocabulary: int, marks: Sequence[str] = ()) -> Any:

@@ -9,14 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantvla_ros.bench.public_models import (
-    IMAGE,
-    TASK,
-    fix_noise,
-    shake,
-    small_tokenizer,
-    statistics,
-)
+from quantvla_ros.bench.parity_case import TASK
+from quantvla_ros.bench.public_models import IMAGE, fix_noise, small_tokenizer, statistics
+from quantvla_ros.bench.random_weights import randomize
 
 STATE, ACTION, HORIZON = 9, 8, 10
 VOCABULARY = 300
@@ -31,7 +26,8 @@ class PublicPi:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = small_tokenizer(folder, VOCABULARY)
         self.policy = _build(family, width)
-        shake(self.policy, seed)
+        randomize(self.policy, seed)
+        self.names = {n: tuple(p.shape) for n, p in self.policy.named_parameters()}
         self.policy.eval()
         self.before, self.after = self._processors()
         self.policy.save_pretrained(folder)
@@ -54,13 +50,13 @@ class PublicPi:
         finally:
             auto.from_pretrained = kept
 
-    def chunk(self, images: dict[str, np.ndarray], state: np.ndarray, seed: int) -> np.ndarray:
+    def chunk(self, images: list[np.ndarray], state: np.ndarray, seed: int) -> np.ndarray:
         """Run the whole published path: raw observation -> chunk in the units of the robot."""
         batch: dict[str, Any] = {
-            f'observation.images.{name}': torch.from_numpy(image).permute(2, 0, 1).float() / 255
-            for name, image in images.items()
+            f'observation.images.{name}': torch.tensor(image).permute(2, 0, 1).float() / 255
+            for name, image in zip(CAMERAS, images, strict=False)
         }
-        batch['observation.state'] = torch.from_numpy(state).float()
+        batch['observation.state'] = torch.tensor(state).float()
         batch['task'] = TASK
         fix_noise(self.policy.model, seed)
         with torch.no_grad():

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to numbers, from a file on this machine, and the exact prompts of each family.
 
-Reads a SentencePiece `.model` (with the reader in sentencepiece_model.py) or a `tokenizer.json`
-(with the `tokenizers` wheel, where it is installed). Downloads nothing; a missing file is answered
-with where users get it.
+Reads a SentencePiece `.model`, a `tokenizer.json`, or vocab.json with merges.txt; the readers are
+in sentencepiece_model.py and bpe.py. Downloads nothing; a missing file is answered with where
+users get it.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+from quantvla_ros.policies.bpe import read_json, read_qwen
+from quantvla_ros.policies.sentencepiece_model import SentencePieceModel
 
 STATE_BINS = 256
 WHERE = {
@@ -43,31 +45,6 @@ class Tokenizer(Protocol):
         """Return the number of one token by its name."""
 
 
-class JsonTokenizer:
-    """tokenizer.json, by the `tokenizers` wheel."""
-
-    def __init__(self, path: Path) -> None:
-        if importlib.util.find_spec('tokenizers') is None:
-            raise TokenizerError(
-                f'{path} is read by the tokenizers package, which is not installed: '
-                'pip install tokenizers'
-            )
-        from tokenizers import Tokenizer as Core
-
-        self._core = Core.from_file(str(path))
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text."""
-        return self._core.encode(text, add_special_tokens=False).ids
-
-    def token(self, piece: str) -> int:
-        """Return the number of one token."""
-        found = self._core.token_to_id(piece)
-        if found is None:
-            raise TokenizerError(f'this tokenizer has no {piece!r}; it belongs to another model')
-        return found
-
-
 def load_tokenizer(folder: Path, named: str, family: str) -> Tokenizer:
     """Read the tokenizer of a family: the file that the contract names, else one in the folder.
 
@@ -79,11 +56,11 @@ def load_tokenizer(folder: Path, named: str, family: str) -> Tokenizer:
         for path in (place, place / 'tokenizer.json', place / 'tokenizer.model',
                      place / 'paligemma_tokenizer.model'):
             if path.is_file() and path.suffix == '.json':
-                return JsonTokenizer(path)
+                return read_json(path)
             if path.is_file() and path.suffix == '.model':
-                from quantvla_ros.policies.sentencepiece_model import SentencePieceModel
-
                 return SentencePieceModel(path)
+        if (place / 'vocab.json').is_file() and (place / 'merges.txt').is_file():
+            return read_qwen(place)
     raise TokenizerError(
         f'{folder} holds no tokenizer.json and no *.model'
         + (f', and model.tokenizer names {named!r}, which is not there' if named else '')
