@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose a scale, quantize, dequantize, pack and unpack. Pure functions on matrices (rows, k).
+"""Choose a scale, quantize and dequantize. Pure functions on matrices (rows, k).
 
 Codes are symmetric: q = clamp(round(x / s), -qmax, qmax), x ~ q * s, rounding half to even. A
 group of zeros has scale 1, so that every scale is finite and positive.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantvla_ros.kernels.weights import PackedWeight, pack_integers
 from quantvla_ros.quant.scheme import Granularity, PerGroup, PerRow, PerTensor, qmax
 
 SEARCH_GRID = 24  # clipping candidates of an error search, from SEARCH_FLOOR to 1 of absmax
@@ -95,18 +96,14 @@ def fake_quantize(x: Tensor, bits: int, granularity: Granularity) -> Tensor:
     )
 
 
-def pack_int4(codes: Tensor) -> Tensor:
-    """Pack (rows, k) codes in [-8, 7] into (rows, k / 2) bytes, the even input in the low half."""
-    if codes.shape[-1] % 2:
-        raise ValueError(f'an even number of inputs is needed to pack nibbles, got {codes.shape}')
-    if codes.numel() and (codes.min() < -8 or codes.max() > 7):
-        raise ValueError('a 4-bit code lies in [-8, 7]; quantize before packing')
-    nibbles = codes.to(torch.int16) & 0xF
-    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).to(torch.uint8)
+def packed(codes: Tensor, scale: Tensor, bits: int, granularity: Granularity) -> PackedWeight:
+    """Bring codes and scales into the one form that the kernels read.
 
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """Undo pack_int4: (rows, k / 2) bytes -> (rows, k) int8 codes in [-8, 7]."""
-    wide = packed.to(torch.int16)
-    both = torch.stack([wide & 0xF, wide >> 4], dim=-1).flatten(-2)
-    return (((both + 8) & 0xF) - 8).to(torch.int8)
+    3-bit codes are stored as 4-bit ones. A scale for the whole tensor is repeated for each row.
+    """
+    rows, k = codes.shape
+    container = 4 if bits == 3 else bits
+    scales = scale.float().expand(rows, -1).contiguous()
+    group = granularity.size if isinstance(granularity, PerGroup) else 0
+    data = pack_integers(codes, container)
+    return PackedWeight(container, (rows, k), group, data, scales)

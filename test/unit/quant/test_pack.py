@@ -6,15 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantvla_ros.kernels.weights import dequantize as kernel_dequantize
 from quantvla_ros.quant.pack import (
     absmax_scale,
     dequantize,
     fake_quantize,
-    pack_int4,
+    packed,
     percentile_scale,
     quantize,
     search_scale,
-    unpack_int4,
 )
 from quantvla_ros.quant.scheme import (
     FLOAT,
@@ -88,23 +88,15 @@ def test_percentile_clips_the_outlier():
     assert float(percentile_scale(x, 8, PerRow(), 99.0)) == pytest.approx(1 / 127)
 
 
-@given(seed=st.integers(0, 10_000), rows=st.integers(0, 5), pairs=st.integers(1, 40))
-def test_packing_is_a_bijection(seed, rows, pairs):
-    g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-8, 8, (rows, 2 * pairs), generator=g, dtype=torch.int8)
-    packed = pack_int4(codes)
-    assert packed.shape == (rows, pairs) and packed.dtype == torch.uint8
-    assert torch.equal(unpack_int4(packed), codes)
-
-
-def test_packing_puts_the_even_input_into_the_low_half():
-    assert pack_int4(torch.tensor([[1, -2]], dtype=torch.int8)).tolist() == [[0xE1]]
-
-
-@pytest.mark.parametrize('codes', [[[1, 2, 3]], [[8, 0]], [[-9, 0]]])
-def test_packing_refuses_what_does_not_fit(codes):
-    with pytest.raises(ValueError):
-        pack_int4(torch.tensor(codes, dtype=torch.int8))
+@given(x=matrices, bits=st.sampled_from([2, 3, 4, 8]), granularity=st.sampled_from(GRANULARITIES))
+def test_the_packed_weight_stands_for_the_same_values(x, bits, granularity):
+    if granularity == PerGroup(8):
+        x, granularity = x.repeat(1, 4), PerGroup(32)
+    scale = absmax_scale(x, bits, granularity)
+    codes = quantize(x, scale, bits, granularity)
+    weight = packed(codes, scale, bits, granularity)
+    assert weight.bits == (4 if bits == 3 else bits)
+    assert torch.equal(kernel_dequantize(weight), dequantize(codes, scale, granularity))
 
 
 def test_groups_must_divide_the_inputs():
