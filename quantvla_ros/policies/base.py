@@ -84,6 +84,7 @@ class HoldPolicy:
 # name -> 'module:class', imported when asked for and made with (contract, settings)
 POLICIES: dict[str, str] = {
     'hold': 'quantvla_ros.policies.base:HoldPolicy',
+    'libero_panda': 'quantvla_ros.policies.libero_panda:LiberoVla',
 }
 
 
