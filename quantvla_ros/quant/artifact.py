@@ -29,10 +29,11 @@ from quantvla_ros.kernels.weights import LAYOUT, MixedWeight, PackedWeight
 from quantvla_ros.quant.linear import QuantizedLayer
 from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, PerTensor, Scheme
 from quantvla_ros.quant.sites import PolicySites
-from quantvla_ros.quant.transforms import InputTransform
+from quantvla_ros.quant.transforms import from_tensors
 
 FORMAT = 1
 JSON_NAME, TENSOR_NAME = 'artifact.json', 'layers.safetensors'
+TRANSFORM = 'transform.'
 GRANULARITIES = {kind.__name__: kind for kind in (PerTensor, PerRow, PerGroup, PerStep)}
 
 
@@ -105,21 +106,15 @@ def _describe(layer: QuantizedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]
         found, about = _parts(layer.weight, 'part0.')
         tensors.update(found)
         parts = [about]
-    optional = {
-        'bias': layer.bias,
-        'act_scales': layer.act_scales,
-        'fold': layer.fold,
-        'diagonal': transform.diagonal,
-        'permutation': transform.permutation,
-        'blocks': transform.blocks,
-    }
+    optional = {'bias': layer.bias, 'act_scales': layer.act_scales, 'fold': layer.fold}
+    tensors.update({TRANSFORM + name: t for name, t in transform.tensors().items()})
     tensors.update({name: tensor for name, tensor in optional.items() if tensor is not None})
     about_layer = {
         'weight_bits': scheme.weight_bits,
         'act_bits': scheme.act_bits,
         'weight': _granularity(scheme.weight),
         'act': _granularity(scheme.act),
-        'hadamard': transform.hadamard,
+        'hadamards': transform.hadamards(),
         'parts': parts,
         'tensors': sorted(tensors),
     }
@@ -207,11 +202,13 @@ def _layer(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
             scheme=_scheme(about),
             weight=parts[0] if order is None else MixedWeight(parts, order),
             bias=tensors.get('bias'),
-            transform=InputTransform(
-                tensors.get('diagonal'),
-                tensors.get('permutation'),
-                about['hadamard'],
-                tensors.get('blocks'),
+            transform=from_tensors(
+                {
+                    part.removeprefix(TRANSFORM): tensor
+                    for part, tensor in tensors.items()
+                    if part.startswith(TRANSFORM)
+                },
+                about['hadamards'],
             ),
             act_scales=tensors.get('act_scales'),
             fold=tensors.get('fold'),

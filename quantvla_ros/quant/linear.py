@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.kernels.weights import PackedWeight, Weight, dequantize
 from quantvla_ros.quant.scheme import PerRow, Scheme
-from quantvla_ros.quant.transforms import InputTransform
+from quantvla_ros.quant.transforms import InputTransform, from_tensors
 
 KERNEL_HADAMARD = 64  # the block that the kernels fuse with the quantization
 
@@ -71,11 +71,7 @@ class QuantizedLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of everything stored."""
-        transform = self.transform
-        others = (
-            self.bias, self.act_scales, self.fold,
-            transform.diagonal, transform.permutation, transform.blocks,
-        )
+        others = (self.bias, self.act_scales, self.fold, *self.transform.tensors().values())
         return self.weight.nbytes + sum(
             t.numel() * t.element_size() for t in others if t is not None
         )
@@ -98,42 +94,38 @@ class QuantizedLayer:
 class QuantLinear(nn.Module):
     """Runs a QuantizedLayer in the place of an nn.Linear: (..., in) -> (..., out).
 
-    Buffers (all float32 but permutation):
-    inverse_diagonal (in,), permutation (in,) int64, blocks (in / b, b, b) or (1, b, b): the part
-    of the transform that the kernel does not fuse; None where the transform lacks it.
-    act_scales (1,) or (steps,). The weight itself lies with the kernel, in its own order.
+    Buffers: act_scales (1,) or (steps,) float32 or None, and the transform's tensors under the
+    names of InputTransform.tensors (diagonal (in,), permutation (in,) int64, blocks (n, b, b)).
+    A last Hadamard of 64 is left to the kernel, which fuses it with the quantization. The weight
+    lies with the kernel, in its own order; the canonical one is let go.
     """
 
-    inverse_diagonal: Tensor | None
-    permutation: Tensor | None
-    blocks: Tensor | None
     act_scales: Tensor | None
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self.scheme = layer.scheme
-        transform = layer.transform
-        diagonal = transform.diagonal
-        inverse = None if diagonal is None else diagonal.float().reciprocal()
-        self.register_buffer('inverse_diagonal', inverse, persistent=False)
-        self.register_buffer('permutation', transform.permutation, persistent=False)
-        blocks = None if transform.blocks is None else transform.blocks.float()
-        self.register_buffer('blocks', blocks, persistent=False)
         self.register_buffer('act_scales', layer.act_scales, persistent=False)
-        fused = KERNEL_HADAMARD if transform.hadamard == KERNEL_HADAMARD else 0
-        self._rest = InputTransform(
-            hadamard=0 if fused else transform.hadamard, blocks=self.blocks
-        )
+        self._names = tuple(layer.transform.tensors())
+        for name, tensor in layer.transform.tensors().items():
+            stored = tensor.float() if tensor.is_floating_point() else tensor
+            self.register_buffer(name.replace('.', '_'), stored, persistent=False)
+        *before, last = layer.transform.hadamards()
+        integer = layer.scheme.act_bits < 16
+        fused = last if integer and last == KERNEL_HADAMARD else 0
+        self._hadamards = (*before, 0 if fused else last)
         weight, bias = layer.folded()
-        if layer.scheme.act_bits >= 16:
-            # weight-only: no integer product; the float weight is made for each call
+        if integer:
+            bits = layer.scheme.act_bits
+            self._layer = dispatch.prepare(weight, bias, act_bits=bits, hadamard=fused)
+        else:  # weight-only: no integer product; the float weight is made for each call
             self._weight, self._bias = weight, bias
-            self._rest = replace(self._rest, hadamard=transform.hadamard)
-            return
-        self._layer = dispatch.prepare(
-            weight, bias, act_bits=layer.scheme.act_bits, hadamard=fused
-        )
+        self._plain = not self._names and not any(self._hadamards)
+
+    def _transform(self) -> InputTransform:
+        tensors = {name: self.get_buffer(name.replace('.', '_')) for name in self._names}
+        return from_tensors(tensors, self._hadamards)
 
     def _static_scale(self) -> float | None:
         if self.act_scales is None:
@@ -150,15 +142,12 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) float -> (..., out) in the dtype of x."""
-        if self.inverse_diagonal is not None:
-            x = x * self.inverse_diagonal.to(x.dtype)
-        if self.permutation is not None:
-            x = x[..., self.permutation]
-        x = self._rest.activations(x)
-        if self.scheme.act_bits >= 16:
-            bias = None if self._bias is None else self._bias.to(x.dtype)
-            return F.linear(x, dequantize(self._weight).to(x.dtype), bias)
-        return self._layer(x, act_scale=self._static_scale())
+        if not self._plain:
+            x = self._transform().activations(x)
+        if self.scheme.act_bits < 16:
+            return self._layer(x, act_scale=self._static_scale())
+        bias = None if self._bias is None else self._bias.to(x.dtype)
+        return F.linear(x, dequantize(self._weight).to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         """Show shape and scheme when the model is printed."""

@@ -9,7 +9,8 @@ first, then `InputTransform`, the value that an artifact stores.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -133,38 +134,64 @@ def _spreading_matrix(n: int) -> Tensor:
     return torch.eye(n, dtype=torch.float64) - 2 * torch.outer(v, v)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InputTransform:
-    """x -> ((x / diagonal)[permutation]) rotated block by block.
+    """x -> ((x / diagonal)[permutation]) rotated block by block, then perhaps a second such link.
 
     diagonal: (k,) float or None. permutation: (k,) int64 or None. hadamard: block of a fast
     Hadamard transform, 0 for none. blocks: dense rotation, (k / b, b, b), or (1, b, b) shared by
-    all blocks, or None. At most one of hadamard and blocks is set.
+    all blocks, or None. At most one of hadamard and blocks is set. then: the next link.
     """
 
     diagonal: Tensor | None = None
     permutation: Tensor | None = None
     hadamard: int = 0
     blocks: Tensor | None = None
+    then: InputTransform | None = None
 
     def __post_init__(self) -> None:
         if self.hadamard and self.blocks is not None:
             raise ValueError('a transform has a Hadamard or a dense rotation, not both')
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the chain by name; those of the second link start with 'then.'."""
+        own = {'diagonal': self.diagonal, 'permutation': self.permutation, 'blocks': self.blocks}
+        found = {name: tensor for name, tensor in own.items() if tensor is not None}
+        if self.then is not None:
+            found.update({f'then.{name}': t for name, t in self.then.tensors().items()})
+        return found
+
+    def hadamards(self) -> list[int]:
+        """Hadamard block of each link of the chain."""
+        return [self.hadamard, *(self.then.hadamards() if self.then is not None else [])]
+
     @property
     def is_identity(self) -> bool:
         """Whether x passes unchanged."""
-        return self == InputTransform()
+        return not self.tensors() and not any(self.hadamards())
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, InputTransform) and all(
-            (a is b) or (a is not None and b is not None and torch.equal(a, b))
-            for a, b in (
-                (self.diagonal, other.diagonal),
-                (self.permutation, other.permutation),
-                (self.blocks, other.blocks),
-            )
-        ) and self.hadamard == other.hadamard
+    def activations(self, x: Tensor) -> Tensor:
+        """Transform what enters the layer; (..., k)."""
+        if self.diagonal is not None:
+            x = x / self.diagonal.to(x.dtype)
+        x = self._rotate(x)
+        return x if self.then is None else self.then.activations(x)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """Transform W (rows, k) so that activations(x) @ weight(W)^T = x @ W^T."""
+        if self.diagonal is not None:
+            weight = weight * self.diagonal.to(weight.dtype)
+        weight = self._rotate(weight)  # R is orthogonal: R^-T = R
+        return weight if self.then is None else self.then.weight(weight)
+
+    def gram(self, gram: Tensor) -> Tensor:
+        """Transform H = X^T X (k, k) of plain inputs into that of transformed ones."""
+        return self.activations(self.activations(gram).T)
+
+    def followed_by(self, link: InputTransform) -> InputTransform:
+        """Append a link to the chain."""
+        then = link if self.then is None else self.then.followed_by(link)
+        return replace(self, then=then)
 
     def _rotate(self, x: Tensor) -> Tensor:
         if self.permutation is not None:
@@ -172,25 +199,26 @@ class InputTransform:
         if self.hadamard:
             return fast_hadamard(x, self.hadamard)
         if self.blocks is not None:
-            b = self.blocks.shape[-1]
-            parts = x.reshape(*x.shape[:-1], -1, b)
-            return torch.einsum('...nb,nbc->...nc', parts, self._blocks_for(parts)).reshape(
-                x.shape
-            )
+            return rotate_blocks(x, self.blocks)
         return x
 
-    def _blocks_for(self, parts: Tensor) -> Tensor:
-        assert self.blocks is not None
-        return self.blocks.to(parts.dtype).expand(parts.shape[-2], -1, -1)
 
-    def activations(self, x: Tensor) -> Tensor:
-        """Transform what enters the layer; (..., k)."""
-        if self.diagonal is not None:
-            x = x / self.diagonal.to(x.dtype)
-        return self._rotate(x)
+def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """Multiply run i of the last axis by blocks[i]; (n, b, b), or (1, b, b) for all runs."""
+    parts = x.unflatten(-1, (-1, blocks.shape[-1]))
+    return torch.einsum(
+        '...nb,nbc->...nc', parts, blocks.to(x.dtype).expand(parts.shape[-2], -1, -1)
+    ).flatten(-2)
 
-    def weight(self, weight: Tensor) -> Tensor:
-        """Transform W (rows, k) so that activations(x) @ weight(W)^T = x @ W^T."""
-        if self.diagonal is not None:
-            weight = weight * self.diagonal.to(weight.dtype)
-        return self._rotate(weight)  # R is orthogonal: R^-T = R
+
+def from_tensors(tensors: Mapping[str, Tensor], hadamards: Sequence[int]) -> InputTransform:
+    """Rebuild a chain from `tensors()` and `hadamards()`."""
+    own = {name: t for name, t in tensors.items() if not name.startswith('then.')}
+    rest = {name[5:]: t for name, t in tensors.items() if name.startswith('then.')}
+    unknown = sorted(set(own) - {'diagonal', 'permutation', 'blocks'})
+    if unknown or not hadamards or (rest and len(hadamards) < 2):
+        raise ValueError(f'no transform has the parts {sorted(tensors)} and {list(hadamards)}')
+    then = from_tensors(rest, hadamards[1:]) if len(hadamards) > 1 else None
+    return InputTransform(
+        own.get('diagonal'), own.get('permutation'), hadamards[0], own.get('blocks'), then
+    )

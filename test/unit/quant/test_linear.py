@@ -45,6 +45,9 @@ TRANSFORMS = {
     'permuted': lambda w: InputTransform(permutation=torch.randperm(w.shape[1])),
     'fused hadamard': lambda w: InputTransform(hadamard=64),
     'small hadamard': lambda w: InputTransform(hadamard=16),
+    'chain': lambda w: InputTransform(hadamard=16).followed_by(
+        InputTransform(permutation=torch.randperm(w.shape[1]), hadamard=64)
+    ),
     'dense': lambda w: InputTransform(blocks=svd_hadamard_rotation(w, 64).float()),
 }
 

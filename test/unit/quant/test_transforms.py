@@ -11,6 +11,7 @@ from quantvla_ros.quant.transforms import (
     block_size,
     duquant_rotation,
     fast_hadamard,
+    from_tensors,
     hadamard_matrix,
     smoothing_diagonal,
     snake_permutation,
@@ -114,10 +115,15 @@ def transforms(k, w, x):
         'all': InputTransform(s, perm, 16),
         'svd': InputTransform(s, perm, blocks=svd_hadamard_rotation((w * s)[:, perm], 16)),
         'shared': InputTransform(blocks=duquant_rotation(x, 16)[None]),
+        'chain': InputTransform(s, blocks=duquant_rotation(x, 16)[None]).followed_by(
+            InputTransform(permutation=perm, hadamard=16)
+        ),
     }
 
 
-@pytest.mark.parametrize('name', ['identity', 'smooth', 'hadamard', 'all', 'svd', 'shared'])
+@pytest.mark.parametrize(
+    'name', ['identity', 'smooth', 'hadamard', 'all', 'svd', 'shared', 'chain']
+)
 def test_a_transform_keeps_the_layer_function(name):
     x, w = outliers(40, 64), normal(24, 64, seed=1)
     t = transforms(64, w, x)[name]
@@ -125,6 +131,10 @@ def test_a_transform_keeps_the_layer_function(name):
         t.activations(x) @ t.weight(w).T, x @ w.T, atol=1e-9, rtol=1e-9
     )
     assert t.is_identity is (name == 'identity')
+    seen = t.activations(x)
+    torch.testing.assert_close(t.gram(x.T @ x), seen.T @ seen, atol=1e-8, rtol=1e-9)
+    again = from_tensors(t.tensors(), t.hadamards())
+    assert torch.equal(again.activations(x), seen)
 
 
 def test_a_transform_with_two_rotations_is_refused():
@@ -138,6 +148,8 @@ def test_a_transform_with_two_rotations_is_refused():
         lambda: hadamard_matrix(12),
         lambda: fast_hadamard(torch.ones(2, 12), 8),
         lambda: snake_permutation(torch.ones(10), 4),
+        lambda: from_tensors({'shear': torch.ones(4)}, [0]),
+        lambda: from_tensors({'then.diagonal': torch.ones(4)}, [0]),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(call):
