@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {
+    'bench parity': ('quantvla_ros.bench.parity', 'Compare World with LIBERO, step by step.'),
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
 }
 
