@@ -89,6 +89,5 @@ setup(
         ],
     },
     entry_points={'console_scripts': ['quantvla = quantvla_ros.cli:main']},
-    cmdclass={},  # compiled parts add their build command here
     zip_safe=False,
 )
