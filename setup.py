@@ -50,6 +50,8 @@ setup(
     maintainer='quantvla_ros maintainers',
     maintainer_email='maintainers@quantvla-ros.example',
     python_requires='>=3.10',
+    cmdclass=runpy.run_path(f'{PACKAGE}/kernels/cpu/build.py')['build_commands'](),
+    package_data={f'{PACKAGE}.kernels.cpu': ['*.cpp', '*.h']},
     packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{PACKAGE}']),
@@ -87,6 +89,5 @@ setup(
         ],
     },
     entry_points={'console_scripts': ['quantvla = quantvla_ros.cli:main']},
-    cmdclass={},  # compiled parts add their build command here
     zip_safe=False,
 )

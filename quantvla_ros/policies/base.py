@@ -85,6 +85,9 @@ class HoldPolicy:
 POLICIES: dict[str, str] = {
     'hold': 'quantvla_ros.policies.base:HoldPolicy',
     'constant_time': 'quantvla_ros.bench.ros_policy:ConstantTime',  # for `quantvla bench ros`
+    'pi05': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'pi0': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'groot_n15': 'quantvla_ros.policies.runtime:FlowPolicy',
     'libero_panda': 'quantvla_ros.policies.libero_panda:LiberoVla',
 }
 

@@ -157,6 +157,19 @@ def test_speed_scale_bounds_the_speed_that_is_reached():
     assert 0.29 < fastest <= 0.3
 
 
+def test_speed_scale_is_gentle_when_gaining_speed_and_never_weakens_braking():
+    limiter = limiter_of(velocity=2.0, acceleration=8.0)
+    limiter.speed_scale = 0.25
+    motion, slow = Motion.at_rest(np.zeros(1)), []
+    for _ in range(10):
+        motion, _ = limiter.step(motion, np.array([2.0]), np.zeros(1), 0.01)
+        slow.append(motion.velocities[0])
+    assert np.diff(slow).max() <= 8.0 * 0.25 * 0.01
+    moving = Motion(np.zeros(1), np.array([-1.0]), 0.01)
+    after, _ = limiter.step(moving, np.array([2.0]), np.zeros(1), 0.01)
+    assert after.velocities[0] + 1.0 > 8.0 * 0.99 * 0.01
+
+
 def test_speed_scale_zero_brings_a_moving_joint_to_rest_within_its_acceleration():
     limiter = limiter_of()
     ticks = [(0.01, 2.0, 0.0, 1.0, 'follow')] * 60 + [(0.01, 2.0, 0.0, 0.0, 'follow')] * 60

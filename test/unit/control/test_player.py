@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from quantvla_ros.action import ActionChunk
@@ -148,6 +148,17 @@ def test_chunk_of_the_future_leaves_the_running_one_alone_until_then():
     assert np.allclose(before, after, atol=1e-9)
 
 
+@pytest.mark.parametrize('running', [True, False])
+def test_chunk_of_one_future_step_is_reached_and_then_exhausted(running):
+    player, _ = make_player()
+    if running:
+        player.merge(chunk_of(np.zeros(17)), S)
+    assert player.merge(chunk_of([0.02], stamp_ns=S + 200 * MS), S + 100 * MS) is None
+    assert not player.sample(S + 150 * MS).exhausted
+    end = player.sample(S + 900 * MS)
+    assert end.exhausted and abs(end.positions[0] - 0.02) < 1e-9
+
+
 # -- shape between the steps ---------------------------------------------------------------
 
 
@@ -206,7 +217,9 @@ def test_seam_of_random_chunks_is_continuous(first, second, now_ms, late_ms, off
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.floats(-0.5, 0.5), st.floats(-0.5, 0.5), st.floats(-0.1, 0.1), st.integers(50, 300))
+@given(st.floats(-0.5, 0.5), st.floats(-0.5, 0.5), st.floats(-0.05, 0.05), st.integers(50, 300))
+@example(0.5, -0.5, 0.0, 50)
+@example(0.5, -0.5, 0.05, 50)
 def test_seam_stays_within_the_limits_of_the_joint(speed1, speed2, gap, now_ms):
     player, limiter = make_player(velocity=2.0, acceleration=10.0)
     now = S + now_ms * MS

@@ -269,7 +269,7 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
 
 TestAnyOrderOfEvents = AnyOrderOfEvents.TestCase
-TestAnyOrderOfEvents.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyOrderOfEvents.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 # -- the command -----------------------------------------------------------------------------
