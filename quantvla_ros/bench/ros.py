@@ -167,7 +167,7 @@ def status(dds: str = 'local') -> Figures:
             '    assert o.wait(lambda: bool(o.policy), 20), "no status"\n'
             '    print(json.dumps(o.policy))')
     done = subprocess.run([sys.executable, '-c', code], env=variables(dds), text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+                          capture_output=True, timeout=60)
     if done.returncode:
         raise ValueError('the policy node published no status within 20 s; it did not start')
     return json.loads(done.stdout)

@@ -29,7 +29,7 @@ class ConstantTime:
         self.contract = contract
         kind, seconds, log = (settings.model or 'sleep 0.02 ').split(' ', 2)
         if kind not in ('sleep', 'busy'):
-            raise ValueError(f"model is {settings.model!r}; expected 'sleep SECONDS' or 'busy ...'")
+            raise ValueError(f"model is {settings.model!r}; expected 'sleep' or 'busy', seconds")
         self._busy, self._seconds = kind == 'busy', float(seconds)
         self._log = Path(log) if log else None
         self._matrix = np.random.default_rng(0).standard_normal((192, 192)).astype(np.float32)
