@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {
-    'bench control': ('quantvla_ros.bench.control', 'a million hostile commands, judged'),
+    'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
 }
 
 

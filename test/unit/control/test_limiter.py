@@ -58,14 +58,14 @@ def drive(limiter, ticks, start, measured=None):
     return checker, motions
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(TICKS, st.floats(-1, 2), st.floats(0.05, 10), st.floats(0.5, 50))
 def test_no_limit_is_ever_broken_on_the_wire(ticks, start, velocity, acceleration):
     checker, _ = drive(limiter_of(velocity, acceleration), ticks, start)
     assert checker.total == 0, dict(checker.violations)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TICKS, st.floats(-1, 2), st.lists(STEPS, min_size=60, max_size=60))
 def test_a_stop_is_possible_from_every_reached_motion(ticks, start, stop_steps):
     limiter = limiter_of()
@@ -86,7 +86,7 @@ def test_command_stays_near_a_measured_pose_that_stands_still(ticks, start):
     assert away <= 0.3 + 1e-9
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_eight_joints_hold_their_own_limits_through_random_targets(seed, jitter):
     rng = np.random.default_rng(seed)
