@@ -168,6 +168,10 @@ def test_speed_scale_is_gentle_when_gaining_speed_and_never_weakens_braking():
     moving = Motion(np.zeros(1), np.array([-1.0]), 0.01)
     after, _ = limiter.step(moving, np.array([2.0]), np.zeros(1), 0.01)
     assert after.velocities[0] + 1.0 > 8.0 * 0.99 * 0.01
+    turning, _ = limiter.step(
+        Motion(np.zeros(1), np.array([-0.02]), 0.01), np.array([2.0]), np.zeros(1), 0.01
+    )
+    assert 0 < turning.velocities[0] <= 0.25 * 0.06
 
 
 def test_speed_scale_zero_brings_a_moving_joint_to_rest_within_its_acceleration():
