@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,11 +21,13 @@ from quantvla_ros.resources import cache_folder
 from quantvla_ros.sim.packing import make_libero_env, prepare_import, quiet
 from quantvla_ros.sim.rendering import mujoco
 from quantvla_ros.sim.scenes import SUITES, load_scene, parse_tasks
-from quantvla_ros.sim.world import CLOSE, KP, MAX_STEP_RAD, OPEN, World
+from quantvla_ros.sim.world import CLOSE, OPEN, World
 
 DEFAULT_TASKS = (
     'libero_object/0,libero_object/4,libero_spatial/0,libero_spatial/5,libero_goal/0,'
     'libero_goal/1,libero_goal/5,libero_goal/7,libero_10/2,libero_10/3,libero_10/9')
+# what World restates, written down a second time: taken from World it would agree by itself
+STIFFNESS, REACH_RAD = 200.0, 0.25
 FREE_STEPS, GRASP_STEPS, GOAL_STEPS = 60, 60, 30
 Command = tuple[np.ndarray, float]
 
@@ -51,22 +54,26 @@ class Twin:
             self.controller.update(force=True)
         self.world.reset_official(start, settle=0)
         self.data = self.env.env.sim.data._data
+        self.seconds: list[tuple[float, float]] = []  # of each step, LIBERO's and World's
 
     def _stiffen(self) -> None:
         """Make robosuite's delta controller an absolute one, as World is."""
         controller = self.controller
-        controller.output_max = np.full(7, MAX_STEP_RAD)
+        controller.output_max = np.full(7, REACH_RAD)
         controller.output_min = -controller.output_max
         controller.action_scale = None
-        controller.kp = np.full(7, KP)
+        controller.kp = np.full(7, STIFFNESS)
         controller.kd = 2.0 * np.sqrt(controller.kp)
 
     def step(self, target: np.ndarray, gripper: float) -> None:
         """Send one absolute joint target to both."""
-        delta = (target - self.data.qpos[self.world.arm_qpos]) / MAX_STEP_RAD
+        delta = (target - self.data.qpos[self.world.arm_qpos]) / REACH_RAD
+        begin = time.perf_counter()
         with quiet():
             self.env.step(np.concatenate([delta.clip(-1.0, 1.0), [gripper]]))
+        between = time.perf_counter()
         self.world.step(target, gripper)
+        self.seconds.append((between - begin, time.perf_counter() - between))
 
     def difference(self) -> float:
         """Return the largest difference of any joint or object coordinate, in rad or m."""
@@ -192,6 +199,8 @@ class Result:
     held: int = 0
     successes: int = 0
     contacts: int = 0
+    libero_step_ms: float = 0.0
+    world_step_ms: float = 0.0
 
     def note(self, phase: str, twin: Twin) -> None:
         """Add what one step showed."""
@@ -223,6 +232,8 @@ def compare(suite: str, task_id: int, start: int = 0, refreshed: bool = True) ->
         for _ in range(GOAL_STEPS):
             twin.step(hold, OPEN)
             result.note('goal', twin)
+        result.libero_step_ms, result.world_step_ms = (
+            1e3 * float(value) for value in np.median(twin.seconds, axis=0))
     finally:
         twin.close()
     return result
@@ -253,6 +264,9 @@ def run(args: argparse.Namespace) -> int:
     for suite, task_id in tasks:
         results.append(compare(suite, task_id, args.start))
         print(line(results[-1]), flush=True)
+    times = np.array([(r.libero_step_ms, r.world_step_ms) for r in results])
+    print(f'a control step of 50 ms took {times[:, 0].mean():.1f} ms in robosuite and '
+          f'{times[:, 1].mean():.1f} ms in World (medians, averaged over the tasks)')
     stale = compare(*tasks[0], args.start, refreshed=False)
     wrong = sum(r.disagreements for r in results)
     print(f'goal conditions agreed on {sum(r.checks for r in results) - wrong} of '

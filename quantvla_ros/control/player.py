@@ -27,7 +27,7 @@ class PlayerSettings:
 
     blend_s: shortest blend; it grows with the gap, so that the seam asks for no more than half of
     each joint's velocity and acceleration. max_blend_s: a gap that needs longer is refused.
-    prefix_tolerance: rad or m; a chunk made with a prefix that fits so well joins unblended.
+    prefix_tolerance: rad or m; a chunk made with a prefix that fits so well joins within one step.
     """
 
     blend_s: float = 0.1
