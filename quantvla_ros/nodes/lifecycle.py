@@ -133,6 +133,14 @@ class ManagedNode(LifecycleNode):
             self.get_logger().error(sentence)
         self._said = sentence
 
+    def destroy_node(self) -> None:
+        """Destroy the node and its lifecycle services, which rclpy leaves on the graph.
+
+        A service that nobody serves any more swallows the calls meant for the node's successor.
+        """
+        super().destroy_node()
+        self._state_machine.destroy_when_not_in_use()
+
     # waiting -------------------------------------------------------------------------------
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:

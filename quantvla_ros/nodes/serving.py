@@ -89,7 +89,7 @@ class Serving:
     def connect(self, node: Node) -> None:
         """Create publishers, subscriptions and the thread; end undoes also a part of it."""
         self.commands = CommandPublisher(
-            node, self.contract, self.limiter.acceleration, self.values['trajectory.lead_s']
+            node, self.contract, self.limiter, self.values['trajectory.lead_s']
         )
         self._undo.append(self.commands.destroy)
         self.inputs = Inputs(node, self.contract, self.builder)
