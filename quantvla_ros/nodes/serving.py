@@ -269,6 +269,7 @@ class Serving:
 
     def halt(self) -> None:
         """Bring the arm to rest within its limits, then stop ticking."""
+        gc.unfreeze()
         if self.control is None:
             return
         self.guard.stop('deactivated', 'the node was deactivated')
@@ -280,7 +281,6 @@ class Serving:
         self.control = None
         if self.inference is not None:
             self.inference.cancel()
-        gc.unfreeze()
 
     def end(self) -> bool:
         """Give everything back; False when the inference thread hangs and was left behind."""
