@@ -114,8 +114,8 @@ class PolicyNode(ManagedNode):
         serving, self.serving = self.serving, None
         if serving is not None and not serving.end():
             self.get_logger().error(
-                'the policy hangs; its thread is left behind and its memory stays in use until '
-                'this process ends'
+                'the policy does not come back; its thread is left behind and its memory stays in '
+                'use until this process ends'
             )
 
     def listen(self) -> None:
