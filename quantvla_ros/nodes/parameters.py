@@ -241,7 +241,7 @@ def yaml_text(table: Sequence[Parameter] = POLICY_NODE) -> str:
         head, _, tail = parameter.name.rpartition('.')
         if head != group:
             group = head
-            lines.append(f'    {group}:')
+            lines += [f'    {group}:'] if group else []
         indent = '      ' if head else '    '
         meaning = f'{parameter.description} [{parameter.when}]{_range(parameter)}'
         lines += textwrap.wrap(

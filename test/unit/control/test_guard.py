@@ -235,6 +235,22 @@ def test_resume_starts_from_the_measured_pose_not_from_the_old_command(wait):
     assert arm.checker.total == 0 and arm.guard.counts['starts'] == 2
 
 
+def test_start_that_overtakes_the_last_holding_tick_wins(monkeypatch):
+    arm = Arm(hold_s=0.1).run()
+    arm.guard.stop('asked', 'asked')
+    become = arm.guard._become
+
+    def overtaken(state):
+        if state is State.SILENT:
+            arm.guard.start(arm.pose)
+        become(state)
+
+    monkeypatch.setattr(arm.guard, '_become', overtaken)
+    while arm.guard.state is not State.RUNNING:
+        arm.tick()
+    assert np.array_equal(arm.tick().positions, arm.pose)
+
+
 def test_deactivated_arm_can_be_ticked_until_it_is_at_rest():
     arm = Arm().run()
     arm.guard.stop('deactivated', 'the node was deactivated')

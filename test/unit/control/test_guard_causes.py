@@ -185,6 +185,15 @@ def test_late_chunk_noted_by_the_caller_explains_the_stop():
     assert arm.guard.cause.kind == 'late' and '2 s' in arm.guard.cause.sentence
 
 
+def test_only_the_first_reachable_row_is_compared_with_the_last_command():
+    arm = Arm()
+    arm.guard.start(arm.pose)
+    arm.tick()
+    early = arm.clock.now_ns() - 100_000_000
+    assert arm.guard.admit(arm.chunk([-0.8, -0.4, 0.0, 0.3], stamp_ns=early)) is None
+    assert arm.guard.admit(arm.chunk([0.0, 0.4, 0.8, 1.2], stamp_ns=early)) is not None
+
+
 def test_step_of_a_snap_joint_may_cross_its_range_but_not_more():
     arm = Arm(snap=('a',))
     assert arm.guard.admit(arm.chunk([[-1.9, 0.0], [1.9, 0.0]])) is None
@@ -210,6 +219,15 @@ def test_long_clipping_stops_with_its_figures():
     arm.ticks(250)
     assert arm.guard.cause.kind == 'clipping' and 'at most 0.5 s' in arm.guard.cause.sentence
     arm.settle()
+
+
+def test_clipping_during_the_slow_start_does_not_stop():
+    arm = Arm(long_clip_s=0.2, start_ramp_s=2.0)
+    arm.guard.start(arm.pose)
+    arm.tick()
+    arm.merge(np.full(60, 0.45))
+    arm.ticks(60)
+    assert arm.guard.counts['clipped']['a'] > 40 and arm.guard.state is State.RUNNING
 
 
 def test_clipping_because_the_operator_stands_the_arm_still_does_not_stop():
