@@ -8,6 +8,8 @@ executes; the control thread asks with a call that never waits.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import threading
 import time
@@ -24,6 +26,8 @@ from quantvla_ros.control.latency import LatencyTracker
 from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.policies.base import Policy
+
+NICENESS = 5
 
 
 class Job:
@@ -71,7 +75,17 @@ class InferenceThread:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    @staticmethod
+    def _yield_to_others() -> None:
+        """Let the threads that hear inputs go first when all cores are busy.
+
+        On Linux this is for this thread and those that it starts, such as a pool of the policy.
+        """
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
     def _serve(self) -> None:
+        self._yield_to_others()
         while True:
             job = self._jobs.get()
             if job is None:

@@ -4,6 +4,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -127,10 +128,11 @@ def test_sigint_while(robot, process, state):
     running = process()
     client = robot.node.create_client(ChangeState, 'policy_node/change_state')
     assert client.wait_for_service(PATIENCE_S)
-    for label in {'inactive': ['configure'], 'finalized': ['shutdown']}[state]:
-        request = ChangeState.Request()
-        request.transition.label = label
-        client.call_async(request)
+    reach(robot, running, 'unconfigured')
+    request, answered = ChangeState.Request(), threading.Event()
+    request.transition.label = {'inactive': 'configure', 'finalized': 'shutdown'}[state]
+    client.call_async(request).add_done_callback(lambda _: answered.set())
+    assert answered.wait(PATIENCE_S)
     reach(robot, running, state)
     running.end(signal.SIGINT)
 
