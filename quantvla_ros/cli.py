@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {
-    'bench control': ('quantvla_ros.bench.control', 'a million hostile commands, judged'),
     'demo': ('quantvla_ros.demo', 'Watch the simulated arm work; leaves a film, plot and bag.'),
     'up': ('quantvla_ros.up', 'Start sim, robot or record without ros2 launch.'),
     'record': ('quantvla_ros.record', 'Record the topics of a contract into a bag.'),

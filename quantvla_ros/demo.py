@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 START_S = 180.0  # loading the scene and the policy on a slow machine
 EPISODE_S = 90.0
-STEPS = 400  # LIBERO's control steps of 50 ms
+STEPS, STEP_S = 400, 0.05  # LIBERO's control steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', default='', help='folder of the checkpoint')
     parser.add_argument('--precision', default='float', help='float or the name of an artifact')
     parser.add_argument('--out', type=Path, help='folder for film, plot, bag and log')
+    parser.add_argument('--pace', type=float, default=default_pace(),
+                        help='simulated seconds per second; below 1 is slow motion')
     parser.add_argument('--camera-rate', type=float, default=10.0, help='pictures per second')
+
+
+def default_pace() -> float:
+    """Return real time, or slow motion where simulating, rendering and inferring share a core."""
+    return 1.0 if (os.cpu_count() or 1) >= 4 else 0.5
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     given = {
         'suite': args.suite, 'task': str(tasks[0]), 'policy': policy, 'model': model,
         'precision': args.precision, 'camera_rate': str(args.camera_rate), 'record': 'true',
-        'recorder': 'record_node', 'bag': str(out / 'bag'), 'enable_on_activate': 'false',
+        'pace': str(args.pace), 'recorder': 'record_node', 'bag': str(out / 'bag'),
+        'enable_on_activate': 'false',
         'params_file': str(share_path('config/slow_machine.yaml')),
     }
     graph = graph_named('sim')
@@ -78,13 +86,15 @@ def run(args: argparse.Namespace) -> int:
         for process in processes:
             supervisor.start(process)
         print(f'Starting {", ".join(p.name for p in processes)} (their words: {log_path})')
+        if args.pace < 1.0:
+            print(f'In slow motion, {args.pace:g} simulated seconds per second (--pace).')
         over = _over(stop, supervisor)
-        with Operator(stop=over) as operator:
+        with Operator(stop=over, sim_time=args.pace < 1.0) as operator:
             _await_policy(operator, over, log_path)
             for number, task in enumerate(tasks):
                 if over():
                     break
-                result = _episode(operator, args.suite, task, number // 10, over)
+                result = _episode(operator, args.suite, task, number // 10, over, args.pace)
                 results.append(result)
                 print(f'  {number + 1} of {len(tasks)}: {result.line}', flush=True)
         ended = supervisor.first_ended()
@@ -137,16 +147,21 @@ def tail(log: Path, lines: int = 12) -> str:
 
 
 def _episode(
-    operator: Operator, suite: str, task: int, init: int, over: Callable[[], bool]
+    operator: Operator,
+    suite: str,
+    task: int,
+    init: int,
+    over: Callable[[], bool],
+    pace: float,
 ) -> Result:
     """Run one episode to its success, its step limit or its time limit."""
     operator.disable()
     report = operator.start_episode(suite, task, init)
     instruction = report['instruction']
     operator.wait(lambda: operator.policy.get('instruction') == instruction, 10.0)
-    start_ns, begun, pauses = time.time_ns(), time.monotonic(), 0
+    start_ns, begun, pauses = operator.now_ns(), time.monotonic(), 0
     cause = _enable(operator, over)
-    while not over() and time.monotonic() - begun < EPISODE_S:
+    while not over() and time.monotonic() - begun < EPISODE_S / pace:
         operator.spin(0.2)
         report = operator.episode
         if report['success'] or report['step'] >= STEPS:
@@ -156,8 +171,9 @@ def _episode(
             pauses += 1
             _enable(operator, over)
     operator.wait(lambda: False, 0.3)  # the last pictures
-    took, success = time.monotonic() - begun, bool(operator.episode['success'])
-    span = Span(instruction, start_ns, time.time_ns(), success)
+    took = operator.episode['step'] * STEP_S
+    success = bool(operator.episode['success'])
+    span = Span(instruction, start_ns, operator.now_ns(), success)
     line = f'{instruction}: {"done" if success else "not done"} after {took:.1f} s'
     if pauses:
         line += f'; stopped {pauses} times and went on ({cause})'

@@ -22,6 +22,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.signals import SignalHandlerOptions
+from rosgraph_msgs.msg import Clock as ClockMessage
 
 from quantvla_ros.nodes.signals import STOP, StopRequest
 
@@ -152,6 +153,7 @@ class ManagedNode(LifecycleNode):
         """
         end = time.monotonic() + timeout_s
         while True:
+            self._hear_clock()
             self.listen()
             if ready():
                 return True
@@ -160,6 +162,16 @@ class ManagedNode(LifecycleNode):
             if time.monotonic() >= end:
                 return False
             time.sleep(0.002)
+
+    def _hear_clock(self) -> None:
+        """Take what waits on /clock: under use_sim_time a transition would stop our own time."""
+        source = self._time_source
+        while source._clock_sub is not None:
+            with source._clock_sub.handle:
+                taken = source._clock_sub.handle.take_message(ClockMessage, False)
+            if taken is None:
+                return
+            source.clock_callback(taken[0])
 
     # autostart -----------------------------------------------------------------------------
 

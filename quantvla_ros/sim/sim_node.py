@@ -61,7 +61,8 @@ class SimNode(Node):
         self.contract = load_contract(values['contract'])
         self.lockstep = values['mode'] == 'lockstep'
         self._sim_time = (self.lockstep or values['clock']
-                          or bool(self.get_parameter('use_sim_time').value))
+                          or bool(self.get_parameter('use_sim_time').value)
+                          or values['pace'] < 1.0)
         self._sim_ns = SIM_TIME_START_NS
         kind = values['controller']
         self.robot = SimRobot(
@@ -69,7 +70,7 @@ class SimNode(Node):
             values['interpolate_from_desired_state'], values['allow_partial_joints'],
             values['max_texture'])
         self._period_ns = round(self.robot.period_s * NS_PER_S)
-        self._pacer = Pacer(self.robot.period_s, time.monotonic_ns)
+        self._pacer = Pacer(self.robot.period_s / values['pace'], time.monotonic_ns)
         self._stop = threading.Event()
         self.failed = False
         self._newest: Snapshot | None = None  # written by physics, read by cameras
