@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 START_S = 180.0  # loading the scene and the policy on a slow machine
 EPISODE_S = 90.0
+SLOWEST = 0.05
 STEPS, STEP_S = 400, 0.05  # LIBERO's control steps
 
 
@@ -58,6 +59,7 @@ class Result:
 
     span: Span
     line: str
+    pauses: int
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         ended = supervisor.first_ended()
         if ended is not None and not stop.is_set():
             print(f'{ended.name} {ended.fate()}; the last lines of {log_path}:\n{tail(log_path)}')
-    return _finish(out, load_contract('libero_panda'), results)
+    return _finish(args, out, load_contract('libero_panda'), results)
 
 
 def _over(stop: threading.Event, supervisor: Supervisor) -> Callable[[], bool]:
@@ -177,7 +179,7 @@ def _episode(
     line = f'{instruction}: {"done" if success else "not done"} after {took:.1f} s'
     if pauses:
         line += f'; stopped {pauses} times and went on ({cause})'
-    return Result(span, line)
+    return Result(span, line, pauses)
 
 
 def _enable(operator: Operator, over: Callable[[], bool]) -> str:
@@ -189,7 +191,9 @@ def _enable(operator: Operator, over: Callable[[], bool]) -> str:
     return reason
 
 
-def _finish(out: Path, contract: Any, results: list[Result]) -> int:
+def _finish(
+    args: argparse.Namespace, out: Path, contract: Any, results: list[Result]
+) -> int:
     """Make film and plot from the bag, and say what came of it all."""
     spans = [result.span for result in results]
     successes = sum(span.success for span in spans)
@@ -199,6 +203,8 @@ def _finish(out: Path, contract: Any, results: list[Result]) -> int:
     best = next((span for span in spans if span.success), spans[0])
     frames = film(out / 'bag', contract, spans, out / 'cameras.gif')
     gap = plot(out / 'bag', contract, best, out / 'joints.png')
+    if not successes and args.pace > SLOWEST and any(result.pauses for result in results):
+        print(f'This machine does not keep up; try slow motion: --pace {args.pace / 2:g}')
     head = 'SUCCESS' if successes else 'NO SUCCESS'
     print(f'{head}: the arm did its task in {successes} of {len(spans)} episodes.')
     print(f'  film  {out / "cameras.gif"} ({frames} frames)')
