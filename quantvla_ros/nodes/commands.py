@@ -60,7 +60,7 @@ def braking_trajectory(
     ahead = np.where(velocities > 0, bounds.upper - positions, positions - bounds.lower)
     safe_s = np.where(moving, stop_s, KNOT_GRID_S)
     speed = np.minimum(speed, 2.0 * np.maximum(ahead, 0.0) / safe_s)
-    start = np.copysign(speed, velocities)
+    start = np.where(moving, np.copysign(speed, velocities), 0.0)
     points = [TrajectoryPoint(lead_s, positions, start)]
     for end_s in np.unique(stop_s[moving]):
         passed = np.minimum(end_s, stop_s)

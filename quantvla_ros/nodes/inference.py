@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantvla_ros.action import NS_PER_S, ActionChunk
@@ -214,9 +214,13 @@ class Inference:
 
     def _take(self, chunk: ActionChunk) -> None:
         """Admit and merge a chunk; a refused one is tried again at once from newer data."""
+        now_ns = self._clock.now_ns()
+        if self._player.sample(now_ns) is None:
+            # The arm stood still since the observation, so the first chunk holds from now on,
+            # however long a cold start took; judged by its old stamp it would seem a leap.
+            chunk = replace(chunk, stamp_ns=now_ns)
         reason = self._guard.admit(chunk)
         if reason is None:
-            now_ns = self._clock.now_ns()
             reason = self._player.merge(chunk, now_ns, prefixed=self.settings.prefix)
             if reason is not None:
                 self._guard.refused('not_merged', reason)
