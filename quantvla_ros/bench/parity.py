@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from quantvla_ros.resources import cache_folder
+from quantvla_ros.sim.kinematics import ArmKinematics
 from quantvla_ros.sim.packing import make_libero_env, prepare_import, quiet
 from quantvla_ros.sim.rendering import mujoco
 from quantvla_ros.sim.scenes import SUITES, load_scene, parse_tasks
@@ -138,28 +139,6 @@ def goal_state(world: World) -> np.ndarray:
     return qpos
 
 
-def reach(world: World, point: np.ndarray, posture: np.ndarray) -> np.ndarray:
-    """Return (7,) joint angles that bring the fingertips to a point, by damped least squares."""
-    data = mujoco.MjData(world.model)
-    data.qpos[:] = world.data.qpos
-    data.qpos[world.arm_qpos] = posture
-    jacobian = np.zeros((6, world.model.nv))
-    down = world.data.site_xmat[world.grip_site].reshape(3, 3).copy()
-    for _ in range(80):
-        mujoco.mj_kinematics(world.model, data)
-        mujoco.mj_comPos(world.model, data)
-        mujoco.mj_jacSite(world.model, data, jacobian[:3], jacobian[3:], world.grip_site)
-        turn = down @ data.site_xmat[world.grip_site].reshape(3, 3).T
-        error = np.concatenate([
-            point - data.site_xpos[world.grip_site],
-            0.5 * np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0],
-                            turn[1, 0] - turn[0, 1]])])
-        arm = jacobian[:, world.arm_dofs]
-        move = arm.T @ np.linalg.solve(arm @ arm.T + 1e-4 * np.eye(6), error)
-        data.qpos[world.arm_qpos] += move.clip(-0.2, 0.2)
-    return data.qpos[world.arm_qpos].clip(*(world.arm_range.T + [[0.02], [-0.02]]))
-
-
 def free_motion(world: World) -> Iterator[Command]:
     """Swing every joint."""
     home = world.arm_positions()
@@ -177,8 +156,10 @@ def grasp(world: World) -> Iterator[Command]:
     else:
         place = world.data.xpos[world.thing_body(name)].copy()
     home = world.arm_positions()
-    above = reach(world, place + [0.0, 0.0, 0.12], home)
-    at = reach(world, place, above)
+    arm = ArmKinematics(world, home)
+    hand = arm.pose()[1]
+    above, _ = arm.solve(place + [0.0, 0.0, 0.12], hand, home)
+    at, _ = arm.solve(place, hand, above)
     quarter = GRASP_STEPS // 4
     for start, end, gripper in ((home, above, OPEN), (above, at, OPEN), (at, at, CLOSE),
                                 (at, above, CLOSE)):

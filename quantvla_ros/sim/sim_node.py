@@ -33,7 +33,7 @@ from trajectory_msgs.msg import JointTrajectory
 from quantvla_ros.action import NS_PER_S
 from quantvla_ros.contract import load_contract
 from quantvla_ros.nodes.names import COMMAND, LATCHED, ROBOT_DESCRIPTION, SENSOR
-from quantvla_ros.nodes.parameters import declare, read
+from quantvla_ros.nodes.parameters import check, declare, read
 from quantvla_ros.nodes.pictures import image_message, jpeg_message, stamp
 from quantvla_ros.nodes.signals import STOP
 from quantvla_ros.sim.cameras import CameraLoop, CameraRig, Snapshot, View, check_views
@@ -260,8 +260,8 @@ class SimNode(Node):
             self._step()
 
     def _check_parameters(self, changed: list[Any]) -> SetParametersResult:
-        values = {**read(self, SIM_NODE), **{p.name: p.value for p in changed}}
-        found = problems(values)
+        # suite and task are checked together at ~/reset: a client sets them one after the other
+        found = check({parameter.name: parameter.value for parameter in changed}, SIM_NODE)
         return SetParametersResult(successful=not found, reason='; '.join(found))
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
