@@ -313,7 +313,8 @@ class SimNode(Node):
     def _report(self) -> str:
         report = self.robot.report()
         report['mode'] = 'lockstep' if self.lockstep else 'realtime'
-        report['real_time_factor'] = self._pacer.real_time_factor()
+        factor, pace = self._pacer.real_time_factor(), self.get_parameter('pace').value
+        report['real_time_factor'] = None if factor is None else factor * pace
         report['pictures'] = self._cameras.pictures
         return json.dumps(report)
 
