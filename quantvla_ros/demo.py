@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def default_pace() -> float:
     """Return real time, or slow motion where simulating, rendering and inferring share a core."""
-    return 1.0 if (os.cpu_count() or 1) >= 4 else 0.5
+    return 1.0 if (os.cpu_count() or 1) >= 4 else 0.25
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from quantvla_ros.contract import Contract
 from quantvla_ros.decode import DecodeError, decode_camera, decode_joints
 
 SCALE = 2
-FRAMES = 240  # of a whole film, so that it stays a few MB
+FRAMES = 140  # of a whole film, so that it stays a few MB
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def film(bag: Path, contract: Contract, spans: Sequence[Span], out: Path) -> int
                 frames.append(_annotated(newest, contract.camera_names, span, at, last))
     if frames:
         images = [Image.fromarray(frame).quantize(128) for frame in frames]
-        images[0].save(out, save_all=True, append_images=images[1:], loop=0, optimize=True,
+        images[0].save(out, save_all=True, append_images=images[1:], loop=0,
                        duration=100)
     return len(frames)
 
