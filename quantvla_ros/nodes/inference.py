@@ -144,12 +144,16 @@ class Inference:
             episode = self._episode
             self._pending = self._thread.submit(lambda: self._infer(episode))
 
-    def overdue(self, steady_ns: int) -> str | None:
-        """Return a sentence when the running inference takes too long."""
+    def running_s(self, steady_ns: int) -> float:
+        """Return how long the present inference has run, 0 when none runs."""
         pending = self._pending
         if pending is None or pending.done.is_set():
-            return None
-        passed_s = (steady_ns - pending.submitted_ns) / NS_PER_S
+            return 0.0
+        return (steady_ns - pending.submitted_ns) / NS_PER_S
+
+    def overdue(self, steady_ns: int) -> str | None:
+        """Return a sentence when the running inference takes too long."""
+        passed_s = self.running_s(steady_ns)
         if passed_s <= self.settings.timeout_s:
             return None
         return (

@@ -25,6 +25,7 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.control.types import State
 from quantvla_ros.nodes import diagnostics, names, parameters
 from quantvla_ros.nodes.commands import make_chunk
+from quantvla_ros.nodes.controller_check import ask_controller, check_controller
 from quantvla_ros.nodes.inputs import JOINTS, camera_key, vector_key
 from quantvla_ros.nodes.lifecycle import ManagedNode, run
 from quantvla_ros.nodes.serving import Serving
@@ -76,6 +77,7 @@ class PolicyNode(ManagedNode):
                 'remap the topic'
             )
         serving = self.serving = Serving(self, contract, values, self._description)
+        serving.connect(self)
         serving.load_policy(self.wait_until)
         assert serving.inference is not None  # load_policy made it
         serving.inference.on_chunk = self._on_chunk
@@ -89,9 +91,17 @@ class PolicyNode(ManagedNode):
     def begin(self) -> None:
         """Wait for fresh inputs; start from the measured pose, or wait for ~/enable."""
         serving = self._configured()
+        self._check_controller(serving)
         serving.begin(self.wait_until)
         if serving.values['enable_on_activate']:
             serving.enable()
+
+    def _check_controller(self, serving: Serving) -> None:
+        """Refuse a controller of other joints, where it can be asked."""
+        topic = serving.contract.controller.topic
+        found = ask_controller(self, topic, self.wait_until)
+        for warning in check_controller(serving.contract, found or {}):
+            self.get_logger().warning(warning)
 
     def halt(self) -> None:
         """Bring the arm to rest."""
@@ -115,7 +125,7 @@ class PolicyNode(ManagedNode):
         if taken is not None:
             self._on_description(taken[0])
         if self.serving is not None:
-            self.serving.inputs.listen()
+            self.serving.listen()
 
     # callbacks -----------------------------------------------------------------------------
 

@@ -73,12 +73,12 @@ class CommandPublisher:
         self._node = node
         self._switch = GripperSwitch(contract.gripper)
         self._action = self._gripper = None
+        if contract.gripper.kind == 'action':
+            self._action = GripperAction(node, contract.gripper)
         self.publisher = node.create_publisher(kind, contract.controller.topic, COMMAND)
         if contract.gripper.kind == 'topic':
             topic = contract.gripper.topic
             self._gripper = node.create_publisher(Float64MultiArray, topic, COMMAND)
-        if contract.gripper.kind == 'action':
-            self._action = GripperAction(node, contract.gripper)
 
     def publish(self, positions: np.ndarray, velocities: np.ndarray) -> None:
         """Publish one setpoint, (joints,) in the order of action.joints."""
