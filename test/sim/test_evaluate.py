@@ -113,7 +113,8 @@ def test_video_of_any_episode(tmp_path):
 
 def test_shipped_policy_solves_an_official_start(tmp_path):
     """The weights belong to the package: without them this fails."""
-    options = ['--suite', 'libero_object', '--tasks', '2', '--inits', '0', '--workers', '1']
+    options = ['--suite', 'libero_object', '--tasks', '2', '--inits', '0', '--workers', '1',
+               '--steps', '2']
     assert cli.main(['eval', *options, '--out', str(tmp_path)]) == 0
     assert [x['status'] for x in lines(tmp_path)] == ['success']
 
