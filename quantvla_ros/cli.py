@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'eval': ('quantvla_ros.sim.evaluate', "Success rates on LIBERO's official initial states."),
     'bench policy': ('quantvla_ros.bench.policy', 'Latency and memory of the shipped policy.'),
     'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
+    'eval': ('quantvla_ros.sim.evaluate', "success rates on LIBERO's official initial states"),
+    'bench policy': ('quantvla_ros.bench.policy', 'latency and memory of the shipped policy'),
 }
 
 

@@ -229,6 +229,7 @@ def run(make_node: Callable[[], ManagedNode], argv: Sequence[str] | None = None)
         executor.remove_node(node)
         node.destroy_node()
         rclpy.try_shutdown()
+    STOP.ignore()
     _leave_stuck_threads()
     return 0
 
