@@ -87,6 +87,7 @@ POLICIES: dict[str, str] = {
     'pi05': 'quantvla_ros.policies.runtime:FlowPolicy',
     'pi0': 'quantvla_ros.policies.runtime:FlowPolicy',
     'groot_n15': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'smolvla': 'quantvla_ros.policies.runtime:FlowPolicy',
     'libero_panda': 'quantvla_ros.policies.libero_panda:LiberoVla',
 }
 
