@@ -70,6 +70,10 @@ def make_public(name: str, folder: Path) -> Any:
         from quantvla_ros.bench.public_smolvla import PublicSmolVla
 
         return PublicSmolVla(folder, 0)
+    if family == 'openvla':
+        from quantvla_ros.bench.public_openvla import PublicOpenVla
+
+        return PublicOpenVla(form, folder, 0)
     if family in ('pi05', 'pi0'):
         from quantvla_ros.bench.public_pi import PublicPi
 

@@ -19,5 +19,5 @@ def test_the_chunk_is_that_of_the_public_implementation(name, folders, stored):
 def test_a_chunk_depends_on_every_input(name, folders):
     """A comparison that constant output would pass proves nothing."""
     chunk = CASES[name].ours(folders(name))
-    assert np.ptp(chunk, axis=0).min() > 0
+    assert len(chunk) == 1 or np.ptp(chunk, axis=0).min() > 0
     assert np.ptp(chunk, axis=1).min() > 0
