@@ -24,6 +24,7 @@ from quantvla_ros.policies import flow, rtc, savings
 from quantvla_ros.policies.agreement import read_agreement
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.door import Door
+from quantvla_ros.policies.embedding import HostEmbedding
 from quantvla_ros.policies.folders import Served, identify
 
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16}
@@ -86,6 +87,8 @@ class FlowPolicy:
         self.steps = served.steps
         self.conditions = savings.condition_table(self.model, self.steps)
         self.savings = savings.drop_unused(self.model, self.steps)
+        if self.device.type != 'cpu':  # exact, and a prompt reads a few rows of a large table
+            self.model.embedding = HostEmbedding(self.model.embedding)
 
     @torch.inference_mode()
     def prepare(self, observation: Observation) -> Prepared:
