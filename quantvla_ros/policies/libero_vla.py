@@ -26,6 +26,7 @@ from torch import Tensor, nn
 HEAD_WIDTH = 64
 PATCH = 16  # pixels of one vision token: three strided convolutions and a 2x2 projection
 TIME_FEATURES = 256
+NORM_EPS = 1e-6
 PARTS = 9  # shift, scale and gate for self-attention, cross-attention and MLP
 
 
@@ -109,7 +110,7 @@ class Context(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), computed in float32, times a learned weight."""
+    """x / rms(x), computed in float32 or wider, times a learned weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -117,13 +118,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return rms_normalize(x) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, NORM_EPS)
 
 
 def rms_normalize(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + 1e-6) over the last dimension, in float32 or wider."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    """x / sqrt(mean(x^2) + eps) over the last dimension, without a weight."""
+    return F.rms_norm(x, x.shape[-1:], None, NORM_EPS)
 
 
 def rotary_table(tokens: int, base: float = 10000.0) -> Tensor:
@@ -145,8 +145,7 @@ class AttentionCore(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D).
 
-        Without a mask, heads that share keys may stand one after the other as further queries,
-        so nothing is copied.
+        Heads that share keys follow each other as further queries, so no key is copied.
         """
         batch, heads, tokens, width = q.shape
         grouped = q.reshape(batch, k.shape[1], -1, width)
@@ -258,8 +257,9 @@ class VisionEncoder(nn.Module):
         x = images.flatten(0, 1)
         for conv, norm in zip(self.convs, self.conv_norms, strict=True):
             x = F.silu(norm(conv(x)))
-        x = self.patch(x).flatten(2).transpose(1, 2)  # (B * V, patches, vision_width)
-        x = x + self.position + self.view.repeat(batch, 1, 1)
+        # contiguous: a transposed x would send every linear below through batched products
+        x = self.patch(x).flatten(2).transpose(1, 2).contiguous()  # (B * V, patches, width)
+        x = x + (self.position + self.view).repeat(batch, 1, 1)
         for block in self.blocks:
             x = block(x)
         return self.project(self.norm(x)).view(batch, views * x.shape[1], -1)
@@ -342,8 +342,8 @@ class ActionHead(nn.Module):
     def forward(self, context: Context, x: Tensor, modulation: Tensor) -> Tensor:
         """Noisy chunk (B, A, action), modulation of its time -> velocity (B, A, action)."""
         h = self.enter(x) + context.start
-        for i, (block, pair) in enumerate(zip(self.blocks, context.keys_values, strict=True)):
-            h = block(h, modulation[:, i], pair)
+        for i, block in enumerate(self.blocks):
+            h = block(h, modulation[:, i], context.keys_values[i])
         return self.leave(self.norm(h))
 
 

@@ -33,9 +33,10 @@ SWITCHES = ('is_open', 'is_close', 'turn_on', 'turn_off')
 
 
 def prepare_import(scratch: Path) -> None:
-    """Keep the import of LIBERO from reading or writing the user's settings, and without GL."""
+    """Keep the import of LIBERO from the user's settings, and from GL unless that is chosen."""
     os.environ['LIBERO_CONFIG_PATH'] = str(scratch)
-    os.environ['MUJOCO_GL'] = 'disable'
+    if 'mujoco' not in sys.modules:
+        os.environ['MUJOCO_GL'] = 'disable'
 
 
 @contextlib.contextmanager

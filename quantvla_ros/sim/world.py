@@ -21,7 +21,7 @@ KP = 200.0  # 1/s^2, on the mass matrix
 KD = 2.0 * np.sqrt(KP)  # critically damped
 MAX_STEP_RAD = 0.25  # a target farther than this from the joint is pulled closer
 GRIPPER_SPEED = 0.01  # of the gripper's -1..1 range, per physics step
-GRIPPER_OPENS = np.array([-1.0, 1.0])  # direction of the two fingers when the command is +1: close
+CLOSING = np.array([-1.0, 1.0])  # how the two fingers move when the command is +1
 OPEN, CLOSE = -1.0, 1.0
 SETTLE_STEPS = 5  # control steps with the gripper opening before an episode starts
 CAMERAS = {'agentview': 'agentview', 'wrist': 'robot0_eye_in_hand'}  # contract name -> scene's
@@ -131,7 +131,7 @@ class World:
         """Run some physics steps of 2 ms towards a fixed joint goal: the finer form of step."""
         model, data = self.model, self.data
         low, high = self._torque
-        closing = GRIPPER_OPENS * GRIPPER_SPEED * np.sign(gripper)
+        closing = CLOSING * GRIPPER_SPEED * np.sign(gripper)
         for _ in range(substeps):
             mujoco.mj_step1(model, data)
             mujoco.mj_fullM(model, self._mass, data.qM)
@@ -167,6 +167,10 @@ class World:
     def joint_state(self) -> np.ndarray:
         """Return (9,): seven joint positions in rad, two finger positions in m."""
         return np.concatenate([self.arm_positions(), self.finger_positions()])
+
+    def joint_velocities(self) -> np.ndarray:
+        """Return (9,): rad/s of the arm, m/s of the fingers."""
+        return np.concatenate([self.arm_velocities(), self.data.qvel[self.finger_dofs]])
 
     def grip_position(self) -> np.ndarray:
         """Return (3,): the point between the fingertips, in the world's frame."""
