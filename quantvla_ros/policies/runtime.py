@@ -24,7 +24,7 @@ from quantvla_ros.policies import flow, rtc, savings
 from quantvla_ros.policies.agreement import read_agreement
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.door import Door
-from quantvla_ros.policies.embedding import HostEmbedding
+from quantvla_ros.policies.embedding import HostEmbedding, Int8Embedding
 from quantvla_ros.policies.folders import Served, identify
 from quantvla_ros.quant.artifact import JSON_NAME, read_artifact
 from quantvla_ros.quant.linear import QuantizedLayer, denoising_step, replace_linears
@@ -104,8 +104,12 @@ class FlowPolicy:
         self.steps = served.steps
         self.conditions = savings.condition_table(self.model, self.steps)
         self.savings = savings.drop_unused(self.model, self.steps)
-        if self.device.type != 'cpu':  # exact, and a prompt reads a few rows of a large table
+        # a prompt reads a few rows of a large table: off the accelerator, or small where the
+        # rest is small
+        if self.device.type != 'cpu':
             self.model.embedding = HostEmbedding(self.model.embedding)
+        elif settings.precision not in DTYPES:
+            self.model.embedding = Int8Embedding(self.model.embedding)
 
     @torch.inference_mode()
     def prepare(self, observation: Observation) -> Prepared:

@@ -8,6 +8,7 @@ import pytest
 
 from quantvla_ros.bench.parity_case import CASES, SEED, relative_error
 from quantvla_ros.policies.base import PolicySettings, make_policy
+from quantvla_ros.policies.embedding import Int8Embedding
 from quantvla_ros.policies.sites import policy_sites
 from quantvla_ros.quant.artifact import Provenance, write_artifact
 from quantvla_ros.quant.convert import quantize_net
@@ -27,6 +28,7 @@ def test_an_artifact_beside_a_checkpoint_is_served_by_its_name(name, folders, tm
         student.model, policy_sites(student.model), find_recipe('rtn'), parse_scheme('w8a8'),
         lambda: student.denoise(student.prepare(observation), SEED), blockwise=False,
     )
+    student.model.embedding = Int8Embedding(student.model.embedding)  # as it is served
     expected = student.denoise(student.prepare(observation), SEED).positions
     write_artifact(folder / 'w8a8', layers, Provenance('', 'rtn', 'w8a8'))
     served = make_policy(case.policy, case.contract(),
