@@ -13,7 +13,7 @@ FIXTURES = Path(__file__).parents[2] / 'fixtures' / 'policies'
 
 @pytest.fixture(scope='session', autouse=True)
 def one_thread():
-    """Small networks on a busy machine: threads that wait for each other cost more than they do."""
+    """Threads that wait for each other on a busy machine cost more than small networks do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
