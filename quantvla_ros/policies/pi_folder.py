@@ -65,8 +65,13 @@ def pi_network(folder: Folder, horizon: int) -> tuple[Any, Callable[..., None]]:
     return model, fill
 
 
-def open_pi(folder: Folder, agreement: Agreement, settings: PolicySettings,
-            dtype: torch.dtype) -> Served:
+def open_pi(
+    folder: Folder,
+    agreement: Agreement,
+    settings: PolicySettings,
+    dtype: torch.dtype,
+    skip: frozenset[str],
+) -> Served:
     """Read a pi0 or pi0.5 folder. Raises CheckpointError or TokenizerError."""
     config, lerobot = folder.config, folder.format == 'lerobot'
     horizon = int(config.get('chunk_size', 0)) if lerobot else agreement.horizon
@@ -75,14 +80,14 @@ def open_pi(folder: Folder, agreement: Agreement, settings: PolicySettings,
             f'the checkpoint computes {horizon} steps; the contract asks for {agreement.horizon}'
         )
     model, fill = pi_network(folder, horizon)
-    fill(dtype=dtype, device=settings.device)
+    fill(dtype=dtype, device=settings.device, skip=skip)
     state, action = _statistics(folder, agreement)
     tokenizer = load_tokenizer(folder.path, agreement.tokenizer, folder.family)
     sizes = model.config
     return Served(
         family=folder.family,
         model=model,
-        slots=_slots(config) if lerobot else OPENPI_SLOTS,
+        slots=slots(config) if lerobot else OPENPI_SLOTS,
         image=sizes.vision.image,
         state=state,
         action=action,
@@ -93,7 +98,8 @@ def open_pi(folder: Folder, agreement: Agreement, settings: PolicySettings,
     )
 
 
-def _slots(config: Any) -> tuple[str, ...]:
+def slots(config: Any) -> tuple[str, ...]:
+    """Cameras that a lerobot config declares, in its order."""
     return tuple(
         name.removeprefix(IMAGES)
         for name, feature in config.get('input_features', {}).items()
