@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {
+    'bench kernels': ('quantvla_ros.bench.kernels', 'integer kernels against peak and peers'),
 }
 
 
