@@ -84,6 +84,10 @@ class HoldPolicy:
 # name -> 'module:class', imported when asked for and made with (contract, settings)
 POLICIES: dict[str, str] = {
     'hold': 'quantvla_ros.policies.base:HoldPolicy',
+    'pi05': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'pi0': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'groot_n15': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'libero_panda': 'quantvla_ros.policies.libero_panda:LiberoVla',
 }
 
 

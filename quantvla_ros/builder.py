@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The newest message of each input, made into an Observation when somebody asks for one.
+
+Used live and by the bag reader. Checks a message when it comes, decodes pictures only when they
+are used. Knows no clock: how old is too old is for the control core to say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from quantvla_ros.contract import Contract
+from quantvla_ros.decode import check_camera, decode_camera, decode_joints, decode_vector, stamp_ns
+from quantvla_ros.observation import Observation
+
+
+class ObservationBuilder:
+    """Latest of each input of a contract.
+
+    The put methods are called by one thread and build by another: each input is one reference
+    that is swapped, so that build sees a message whole. They return the stamp in ns and raise
+    DecodeError; a message that is refused leaves the one before it in place.
+    """
+
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
+        self.instruction = contract.instruction
+        self._cameras: dict[str, tuple[Any, int]] = {}
+        self._joints: tuple[np.ndarray, int] | None = None
+        self._vectors: dict[str, tuple[np.ndarray, int]] = {}
+        self._decoded: dict[str, tuple[Any, np.ndarray]] = {}
+
+    def clear(self) -> None:
+        """Forget every message; the instruction stays."""
+        self._cameras = {}
+        self._joints = None
+        self._vectors = {}
+        self._decoded = {}
+
+    def put_camera(self, name: str, message: Any) -> int:
+        """Keep a picture undecoded."""
+        check_camera(message, self.contract.camera(name))
+        stamp = stamp_ns(message.header, f'camera {name!r}')
+        self._cameras[name] = (message, stamp)
+        return stamp
+
+    def put_joints(self, message: Any) -> int:
+        """Keep the measured positions of the contract's joints."""
+        positions = decode_joints(message, self.contract.joints)
+        stamp = stamp_ns(message.header, 'joint states')
+        self._joints = (positions, stamp)
+        return stamp
+
+    def put_vector(self, name: str, message: Any, received_ns: int) -> int:
+        """Keep a vector; its type has no header, so the time of receipt is its stamp."""
+        vector = next(item for item in self.contract.vectors if item.name == name)
+        self._vectors[name] = (decode_vector(message, vector), received_ns)
+        return received_ns
+
+    def joint_positions(self) -> tuple[np.ndarray, int] | None:
+        """Return the newest positions, in the order of contract.joints, and their stamp in ns."""
+        return self._joints
+
+    def missing(self) -> tuple[str, ...]:
+        """Name every input that has not come yet, with its topic."""
+        found = [
+            f'camera {camera.name!r} on {camera.topic!r}'
+            for camera in self.contract.cameras
+            if camera.name not in self._cameras
+        ]
+        if self._joints is None:
+            found.append(f'joint states on {self.contract.joints.topic!r}')
+        found += [
+            f'vector {vector.name!r} on {vector.topic!r}'
+            for vector in self.contract.vectors
+            if vector.name not in self._vectors
+        ]
+        return tuple(found)
+
+    def build(self) -> Observation:
+        """Decode the newest pictures and return the Observation.
+
+        Raises ValueError that names what is missing, and DecodeError.
+        """
+        missing = self.missing()
+        if missing or self._joints is None:
+            raise ValueError('nothing has come yet from ' + ', '.join(missing))
+        cameras = dict(self._cameras)
+        positions, joint_stamp = self._joints
+        return Observation(
+            images={name: self._picture(name, cameras[name][0]) for name in cameras},
+            image_stamps_ns={name: stamp for name, (_, stamp) in cameras.items()},
+            joint_names=self.contract.joints.names,
+            joint_positions=positions,
+            joint_stamp_ns=joint_stamp,
+            instruction=self.instruction,
+            vectors={name: values for name, (values, _) in self._vectors.items()},
+            vector_stamps_ns={name: stamp for name, (_, stamp) in self._vectors.items()},
+        )
+
+    def _picture(self, name: str, message: Any) -> np.ndarray:
+        """Decode a picture, or return it again when it is the one decoded last."""
+        last = self._decoded.get(name)
+        if last is not None and last[0] is message:
+            return last[1]
+        picture = decode_camera(message, self.contract.camera(name))
+        self._decoded[name] = (message, picture)
+        return picture

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one inference thread, and when it computes the next chunk. Knows rclpy as little as torch.
+
+The thread loads the policy, warms it up and serves it: nothing else ever calls a policy. It is a
+daemon that can be left behind when foreign code hangs. A chunk is computed while the one before
+executes; the control thread asks with a call that never waits.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from quantvla_ros.action import NS_PER_S, ActionChunk
+from quantvla_ros.builder import ObservationBuilder
+from quantvla_ros.control.clock import Clock
+from quantvla_ros.control.guard import Guard
+from quantvla_ros.control.latency import LatencyTracker
+from quantvla_ros.control.player import ChunkPlayer
+from quantvla_ros.decode import DecodeError
+from quantvla_ros.policies.base import Policy
+
+
+class Job:
+    """Work handed to a thread: its result or its error, when done is set."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self.submitted_ns = time.monotonic_ns()
+        self.done = threading.Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Do the work and keep what came of it."""
+        try:
+            self.result = self._work()
+        except BaseException as error:  # a border: handed to whoever waits
+            self.error = error
+        self.done.set()
+
+    def value(self) -> Any:
+        """Return the result of a finished job, or raise its error."""
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class InferenceThread:
+    """Runs jobs one after the other on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name='inference', daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], Any]) -> Job:
+        """Queue work; never waits."""
+        job = Job(work)
+        self._jobs.put(job)
+        return job
+
+    def close(self, timeout_s: float) -> bool:
+        """End the thread; False when it is stuck and left behind."""
+        self._jobs.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                return
+            job.run()
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """When chunks are made. execute: steps of a chunk that run before the next takes over."""
+
+    execute: int
+    step_dt_s: float
+    timeout_s: float = 2.0
+    margin_s: float = 0.05
+    seed: int = 0
+    prefix: bool = False
+
+
+class Inference:
+    """Makes chunks from the newest observation and hands them to guard and player.
+
+    poke and overdue are for the control thread, new_episode and cancel for the executor; _infer
+    runs in the inference thread.
+    """
+
+    def __init__(
+        self,
+        thread: InferenceThread,
+        policy: Policy,
+        builder: ObservationBuilder,
+        player: ChunkPlayer,
+        guard: Guard,
+        clock: Clock,
+        settings: InferenceSettings,
+    ) -> None:
+        self._thread, self._policy, self._builder = thread, policy, builder
+        self._player, self._guard, self._clock = player, guard, clock
+        self.settings = settings
+        self.latency = LatencyTracker(warm_up=0, budget_s=settings.execute * settings.step_dt_s)
+        self.on_chunk: Callable[[ActionChunk], None] = lambda chunk: None
+        self.on_trouble: Callable[[str], None] = lambda text: None
+        self.speed_scale: Callable[[], float] = lambda: 1.0
+        self.chunks = 0
+        self.refused = 0
+        self.spread_s = 0.0
+        self._lead_s = 0.0
+        self._episode = 0  # a chunk of an episode that is over is thrown away
+        self._fresh_start = True
+        self._next_ns = 0  # header time at which the next inference is due
+        self._pending: Job | None = None
+
+    def new_episode(self) -> None:
+        """Forget the chunk that is being computed and start again at once."""
+        self._episode += 1
+        self._fresh_start = True
+        self._next_ns = 0
+
+    def cancel(self) -> None:
+        """Throw away what is being computed."""
+        self._episode += 1
+
+    def idle(self) -> bool:
+        """Tell whether no inference runs."""
+        return self._pending is None or self._pending.done.is_set()
+
+    def poke(self, now_ns: int) -> None:
+        """Start an inference when one is due; never waits."""
+        if self.idle() and now_ns >= self._next_ns:
+            episode = self._episode
+            self._pending = self._thread.submit(lambda: self._infer(episode))
+
+    def running_s(self, steady_ns: int) -> float:
+        """Return how long the present inference has run, 0 when none runs."""
+        pending = self._pending
+        if pending is None or pending.done.is_set():
+            return 0.0
+        return (steady_ns - pending.submitted_ns) / NS_PER_S
+
+    def overdue(self, steady_ns: int) -> str | None:
+        """Return a sentence when the running inference takes too long."""
+        passed_s = self.running_s(steady_ns)
+        if passed_s <= self.settings.timeout_s:
+            return None
+        return (
+            f'the inference has run for {passed_s:.2f} s; inference.timeout_s allows '
+            f'{self.settings.timeout_s:g} s'
+        )
+
+    def _infer(self, episode: int) -> None:
+        try:
+            chunk = self._compute(episode)
+        except DecodeError as error:
+            if episode == self._episode:
+                self._guard.stop(error.kind, str(error))
+            return
+        except ValueError as error:
+            if episode == self._episode:
+                self._guard.stop('policy_refused', f'the policy refused: {error}')
+            return
+        except Exception as error:  # a border: a bug of a policy must not end the thread
+            self.on_trouble(f'the policy raised:\n{traceback.format_exc()}')
+            if episode == self._episode:
+                self._guard.stop(
+                    'policy_raised', f'the policy raised {type(error).__name__}: {error}'
+                )
+            return
+        if episode == self._episode:
+            self._take(chunk)
+
+    def _compute(self, episode: int) -> ActionChunk:
+        if self._fresh_start:
+            self._fresh_start = False
+            self._policy.reset()
+        started_ns = time.monotonic_ns()
+        observation = self._builder.build()
+        self.spread_s = observation.spread_ns() / NS_PER_S
+        context = self._policy.prepare(observation)
+        prefix = None
+        if self.settings.prefix:
+            prefix = self._player.remaining(observation.stamp_ns)
+        chunk = self._policy.denoise(context, self.settings.seed + self.chunks, prefix)
+        if episode == self._episode:
+            self.latency.add((time.monotonic_ns() - started_ns) / NS_PER_S)
+        return chunk
+
+    def _take(self, chunk: ActionChunk) -> None:
+        """Admit and merge a chunk; a refused one is tried again at once from newer data."""
+        reason = self._guard.admit(chunk)
+        if reason is None:
+            now_ns = self._clock.now_ns()
+            reason = self._player.merge(chunk, now_ns, prefixed=self.settings.prefix)
+            if reason is not None:
+                self._guard.refused('not_merged', reason)
+        if reason is not None:
+            self.refused += 1
+            self.on_trouble(f'chunk refused: {reason}')
+            return
+        self.chunks += 1
+        self._lead_s = self.latency.figures().p95_s + self.settings.margin_s
+        speed = max(0.05, self.speed_scale())
+        executed_s = self.settings.execute * self.settings.step_dt_s / speed
+        self._next_ns = chunk.stamp_ns + round((executed_s - self._lead_s) * NS_PER_S)
+        self.on_chunk(chunk)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Renders the robot's cameras from snapshots of its state, beside the physics or in step with it.
+
+The physics never waits for a picture: it leaves its newest state in a Snapshot, the loop takes
+it. Owns the GL contexts, which belong to the thread that calls render.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from quantvla_ros.sim.rendering import SceneRenderer, mujoco
+from quantvla_ros.sim.world import CAMERAS, World
+
+IDLE_S = 0.02  # how often a loop without subscribers or states looks again
+
+
+@dataclass(frozen=True)
+class View:
+    """One camera of the robot: its name in the contract and the size of its pictures."""
+
+    name: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state at one instant: what a picture is made of."""
+
+    model: mujoco.MjModel
+    qpos: np.ndarray
+    stamp_ns: int
+
+
+Deliver = Callable[[str, np.ndarray, int], None]
+
+
+def check_views(views: Iterable[View], world: World) -> None:
+    """Raise ValueError when the scene has no camera of a view's name."""
+    model = world.model
+    known = [mujoco.mj_id2name(model, mujoco.mjtObj.mjOBJ_CAMERA, i) for i in range(model.ncam)]
+    for view in views:
+        if CAMERAS.get(view.name, view.name) not in known:
+            raise ValueError(
+                f'camera {view.name!r} of the contract is not in the scene; known are '
+                f'{", ".join([*CAMERAS, *known])}')
+
+
+class CameraRig:
+    """Renders any of the views from a snapshot; remakes its GL contexts when the scene changes."""
+
+    def __init__(self, views: Iterable[View]) -> None:
+        self.views: Mapping[str, View] = {view.name: view for view in views}
+        self._model: mujoco.MjModel | None = None
+        self._data: mujoco.MjData | None = None
+        self._renderers: dict[tuple[int, int], SceneRenderer] = {}
+
+    def render(self, snapshot: Snapshot, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return name -> (height, width, 3) uint8 RGB."""
+        if snapshot.model is not self._model:
+            self.close()
+            self._model, self._data = snapshot.model, mujoco.MjData(snapshot.model)
+        assert self._data is not None
+        self._data.qpos[:] = snapshot.qpos
+        mujoco.mj_kinematics(snapshot.model, self._data)
+        mujoco.mj_comPos(snapshot.model, self._data)
+        mujoco.mj_camlight(snapshot.model, self._data)
+        return {name: self._render(name) for name in names}
+
+    def _render(self, name: str) -> np.ndarray:
+        view = self.views[name]
+        size = view.width, view.height
+        if size not in self._renderers:
+            self._renderers[size] = SceneRenderer(self._model, *size)
+        return self._renderers[size].render(self._data, CAMERAS.get(name, name))
+
+    def close(self) -> None:
+        """Free the GL contexts."""
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
+        self._model = None
+
+
+class CameraLoop:
+    """A thread that renders what is wanted at most rate_hz times a second, always the newest.
+
+    newest, wanted and rate_hz are read by this thread; deliver is called on it.
+    """
+
+    def __init__(
+        self,
+        rig: CameraRig,
+        newest: Callable[[], Snapshot | None],
+        wanted: Callable[[], list[str]],
+        rate_hz: Callable[[], float],
+        deliver: Deliver,
+        failed: Callable[[], None],
+    ) -> None:
+        self._rig, self._newest, self._wanted = rig, newest, wanted
+        self._rate_hz, self._deliver, self._failed = rate_hz, deliver, failed
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name='cameras', daemon=True)
+        self.pictures = 0
+
+    def start(self) -> None:
+        """Start rendering."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop, and wait until the GL contexts are freed."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        last_stamp = 0
+        try:
+            while not self._stop.is_set():
+                begin = time.monotonic()
+                snapshot, names = self._newest(), self._wanted()
+                if snapshot is None or not names or snapshot.stamp_ns == last_stamp:
+                    self._stop.wait(IDLE_S)
+                    continue
+                last_stamp = snapshot.stamp_ns
+                for name, picture in self._rig.render(snapshot, names).items():
+                    self._deliver(name, picture, snapshot.stamp_ns)
+                    self.pictures += 1
+                self._stop.wait(max(0.0, 1.0 / self._rate_hz() - (time.monotonic() - begin)))
+        except Exception:  # the border of a thread: the node says it and ends
+            self._failed()
+        finally:
+            self._rig.close()

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantvla eval`: success rates on LIBERO's official initial states.
+
+Every variant (precision, denoising steps) plays the same episodes with the same noise. Finished
+episodes go to an append-only log at once, keyed by a hash of everything that decides them, so an
+interrupted run goes on where it stopped and a changed setting never meets an old outcome. An
+episode that crashed is played again by the next run and is reported as crashed until then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantvla_ros.contract import load_contract
+from quantvla_ros.resources import share_path
+from quantvla_ros.sim import report
+from quantvla_ros.sim.episodes import (
+    Episode,
+    Outcome,
+    Settings,
+    Variant,
+    cap_of,
+    check_contract,
+)
+from quantvla_ros.sim.players import Player, play_in_processes, play_on_ray
+from quantvla_ros.sim.scenes import Scene, check_task, load_scene, pack
+
+PROGRESS_S = 10.0
+DECIDING_PACKAGES = ('mujoco', 'torch', 'numpy')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `quantvla eval`."""
+    add = parser.add_argument
+    add('--suite', default='libero_object,libero_spatial', metavar='NAMES',
+        help='suites, joined by commas; also LIBERO-PRO ones such as libero_object_swap')
+    add('--tasks', default='', metavar='RANGES', help='task numbers in each suite, as in 0,3-5')
+    add('--inits', default='0-49', metavar='RANGES', help='official initial states, as in 0-9')
+    add('--precision', default='float', metavar='NAMES', help='precisions to compare')
+    add('--steps', default='0', metavar='NUMBERS',
+        help="denoising steps to compare, as in 10,2; 0, the default, is the policy's own")
+    add('--policy', default='libero_panda')
+    add('--model', default='', metavar='FOLDER', help='checkpoint; default: the shipped one')
+    add('--contract', default='libero_panda')
+    add('--cap', type=int, default=0, metavar='STEPS',
+        help='most control steps of an episode; default: 220 spatial, 280 object, 300 goal, 520 '
+        'libero_10, 400 libero_90')
+    add('--execute', type=int, default=0, metavar='STEPS',
+        help="steps of a chunk that are executed; default: the contract's")
+    add('--seed', type=int, default=0, help='of all noise')
+    add('--perturb', default='', metavar='noise=RAD',
+        help='add normal noise of this standard deviation to every joint target')
+    add('--recovery', action='store_true',
+        help='force the gripper open once, just after it has lifted the object')
+    add('--real', action='store_true',
+        help='play in robosuite and LIBERO themselves, with the original textures')
+    add('--max-texture', type=int, default=0, metavar='PX', help='scale textures down to this')
+    add('--device', default='cpu', help='where the policy computes: cpu or cuda')
+    add('--batch', type=int, default=0, metavar='N',
+        help='compute in one process, in batches of N; default: 1 on a CPU, the number of '
+        'workers elsewhere')
+    add('--workers', type=int, default=len(os.sched_getaffinity(0)), help='player processes')
+    add('--ray', default='', metavar='ADDRESS', help='play on a Ray cluster instead')
+    add('--out', type=Path, default=Path('runs/eval'), metavar='FOLDER')
+    add('--video', default='', metavar='EPISODE',
+        help='write a video of one episode, as in libero_object/3/17, and play nothing else')
+
+
+def parse_numbers(text: str) -> list[int]:
+    """Read '0,3-5' as [0, 3, 4, 5]. Raises ValueError that says what was expected."""
+    numbers: list[int] = []
+    for part in filter(None, text.split(',')):
+        first, dash, last = part.strip().partition('-')
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f'{text!r}: expected numbers and ranges such as 0,3-5')
+        numbers += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(numbers))
+
+
+def parse_perturbation(text: str) -> float:
+    """Read 'noise=0.02' as 0.02 rad."""
+    if not text:
+        return 0.0
+    name, _, value = text.partition('=')
+    try:
+        noise_rad = float(value)
+    except ValueError:
+        noise_rad = -1.0
+    if name != 'noise' or not noise_rad >= 0:
+        raise ValueError(f'--perturb {text!r}: expected noise=RADIANS, as in noise=0.02')
+    return noise_rad
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Return what decides every episode. Raises ValueError on what does not fit together."""
+    settings = Settings(
+        policy=args.policy,
+        model=args.model,
+        contract=args.contract,
+        device=args.device,
+        batch=args.batch or (1 if args.device == 'cpu' or args.ray else max(args.workers, 1)),
+        execute=args.execute,
+        seed=args.seed,
+        max_texture=args.max_texture,
+        noise_rad=parse_perturbation(args.perturb),
+        slip=args.recovery,
+        real=args.real,
+    )
+    check_contract(load_contract(settings.contract), settings)
+    if args.ray and settings.batch > 1:
+        raise ValueError('--ray players compute their own chunks; leave out --batch')
+    return settings
+
+
+def variants_of(args: argparse.Namespace) -> list[Variant]:
+    """Every precision with every number of steps, in the order given."""
+    return [
+        Variant(precision.strip(), steps)
+        for precision in args.precision.split(',')
+        for steps in parse_numbers(args.steps)
+    ]
+
+
+def episodes_of(args: argparse.Namespace) -> list[Episode]:
+    """All episodes, ordered so that the variants of one start follow each other."""
+    found = []
+    for suite in (name.strip() for name in args.suite.split(',')):
+        check_task(suite, 0)
+        for task in parse_numbers(args.tasks) or range(_tasks_in(suite)):
+            check_task(suite, task)
+            found += [
+                Episode(variant, suite, task, start, args.cap or cap_of(suite))
+                for start in parse_numbers(args.inits)
+                for variant in variants_of(args)
+            ]
+    return found
+
+
+def _tasks_in(suite: str) -> int:
+    from quantvla_ros.sim.scenes import SUITES
+
+    return SUITES[suite]
+
+
+# -- what decides an episode ----------------------------------------------------------------------
+
+
+def _hash_files(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def model_hash(settings: Settings, variant: Variant) -> str:
+    """Hash what the variant is loaded from: settings, weights and its precision's files."""
+    if settings.policy == 'hold':
+        return ''
+    folder = Path(settings.model) if settings.model else share_path(f'models/{settings.policy}')
+    files = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix != '.md']
+    own = [p for p in files if variant.precision in str(p.relative_to(folder))]
+    return _hash_files([p for p in files if p.parent == folder or p in own])
+
+
+def scene_hash(scene: Scene) -> str:
+    """Hash what a world is made of; the files named in scene.xml carry their own hashes."""
+    return _hash_files(scene.folder / name for name in ('scene.xml', 'task.json', 'states.npz'))
+
+
+class Keys:
+    """The key of each episode: a hash of everything that decides its outcome."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        shared = {item.name: getattr(settings, item.name) for item in fields(settings)}
+        del shared['model']  # the content counts, not the place
+        self._shared = {
+            **shared,
+            'contract': repr(load_contract(settings.contract)),
+            'versions': {name: importlib.metadata.version(name) for name in DECIDING_PACKAGES},
+        }
+        self._models: dict[Variant, str] = {}
+        self._scenes: dict[str, str] = {}
+
+    def __getitem__(self, episode: Episode) -> str:
+        if episode.variant not in self._models:
+            self._models[episode.variant] = model_hash(self.settings, episode.variant)
+        if episode.task_name not in self._scenes:
+            scene = load_scene(episode.suite, episode.task, self.settings.max_texture)
+            self._scenes[episode.task_name] = scene_hash(scene)
+        parts = {
+            **self._shared,
+            **asdict(episode),
+            'weights': self._models[episode.variant],
+            'scene': self._scenes[episode.task_name],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+class Log:
+    """Append-only file of finished episodes, one JSON object a line, and the last frames."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / 'episodes.jsonl'
+        self.lines: dict[str, dict[str, Any]] = {}
+        whole = b''
+        for raw in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
+            if not raw.endswith(b'\n'):
+                break  # cut off in the middle of a line
+            line = json.loads(raw)
+            self.lines[line['key']] = line
+            whole += raw
+        self.path.write_bytes(whole)
+
+    def add(self, key: str, outcome: Outcome) -> None:
+        """Keep an outcome for good."""
+        line = {'key': key, **outcome.line()}
+        if outcome.frame is not None:
+            report.write_png(self.frame_path(key), outcome.frame)
+        with self.path.open('a') as file:
+            file.write(json.dumps(line) + '\n')
+        self.lines[key] = line
+
+    def frame_path(self, key: str) -> Path:
+        """Where the last frame of an episode is."""
+        return self.folder / 'frames' / f'{key}.png'
+
+    def finished(self, key: str) -> bool:
+        """Whether an episode need not be played again."""
+        return key in self.lines and self.lines[key]['status'] != 'crashed'
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def progress(outcomes: Iterator[Outcome], total: int) -> Iterator[Outcome]:
+    """Print how far it is and the time left, every ten seconds and at the end."""
+    began = told = time.monotonic()
+    counts: dict[str, int] = {}
+    for done, outcome in enumerate(outcomes, 1):
+        counts[outcome.status] = counts.get(outcome.status, 0) + 1
+        now = time.monotonic()
+        if now - told >= PROGRESS_S or done == total:
+            told = now
+            left_s = (now - began) / done * (total - done)
+            said = ', '.join(f'{count} {status}' for status, count in sorted(counts.items()))
+            print(f'{done}/{total} episodes ({said}); {left_s / 60:.1f} min left', flush=True)
+        yield outcome
+
+
+def evaluate(
+    episodes: list[Episode], settings: Settings, log: Log, workers: int, ray: str = ''
+) -> list[dict[str, Any]]:
+    """Play what the log lacks and return the log's line of every episode, in order."""
+    tasks = list(dict.fromkeys((episode.suite, episode.task) for episode in episodes))
+    pack(tasks, settings.max_texture, say=print)
+    keys = Keys(settings)
+    key_of = {episode: keys[episode] for episode in episodes}
+    todo = [episode for episode in episodes if not log.finished(key_of[episode])]
+    if len(todo) < len(episodes):
+        print(f'{len(episodes) - len(todo)} of {len(episodes)} episodes are in {log.path} already')
+    if todo:
+        playing = (
+            play_on_ray(todo, settings, workers, ray)
+            if ray
+            else play_in_processes(todo, settings, workers)
+        )
+        for outcome in progress(playing, len(todo)):
+            log.add(key_of[outcome.episode], outcome)
+    return [log.lines[key_of[episode]] for episode in episodes]
+
+
+def write_video(settings: Settings, variant: Variant, name: str, cap: int, folder: Path) -> Path:
+    """Play one episode and write both cameras as a video, 20 frames a second."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise ValueError('--video needs opencv: pip install opencv-python') from error
+    suite, _, rest = name.partition('/')
+    task, _, start = rest.partition('/')
+    if not (task.isdecimal() and start.isdecimal()):
+        raise ValueError(f'--video {name!r}: expected SUITE/TASK/INIT, as in libero_object/3/17')
+    check_task(suite, int(task))
+    episode = Episode(variant, suite, int(task), int(start), cap or cap_of(suite))
+    frames: list[np.ndarray] = []
+
+    def film(world: Any) -> None:
+        frames.append(np.concatenate([world.render(n, 256) for n in ('agentview', 'wrist')], 1))
+
+    outcome = Player(settings).play(episode, film)
+    if outcome.status in ('crashed', 'refused'):
+        raise ValueError(f'{name} {outcome.status}: {outcome.error}')
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f'{episode.task_name}_{episode.start}.mp4'
+    fourcc = cv2.VideoWriter.fourcc(*'mp4v')
+    writer = cv2.VideoWriter(str(path), fourcc, 20.0, (512, 256))
+    for frame in frames:
+        writer.write(frame[:, :, ::-1])
+    writer.release()
+    print(f'{name}: {outcome.status} after {outcome.steps} steps; {path}')
+    return path
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print the tables and write report.json and report.html."""
+    settings, episodes = settings_of(args), episodes_of(args)
+    if args.video:
+        write_video(settings, variants_of(args)[0], args.video, args.cap, args.out)
+        return 0
+    if not episodes:
+        raise ValueError('no episode fits --suite, --tasks and --inits')
+    log = Log(args.out)
+    lines = evaluate(episodes, settings, log, args.workers, args.ray)
+    summary = report.summarize(lines, settings)
+    print(report.as_text(summary))
+    (args.out / 'report.json').write_text(json.dumps(summary, indent=1) + '\n')
+    frames = {
+        line['key']: log.frame_path(line['key']).read_bytes()
+        for line in lines
+        if line['status'] == 'failure' and log.frame_path(line['key']).exists()
+    }
+    (args.out / 'report.html').write_text(report.as_html(summary, lines, frames))
+    print(f'{args.out / "report.html"} and report.json written')
+    return 1 if any(line['status'] == 'crashed' for line in lines) else 0

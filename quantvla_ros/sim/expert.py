@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scripted expert for LIBERO's tasks: reads the whole state, commands joint targets.
+
+The goal's own conditions are the plan: the next one that does not hold decides the skill, so one
+planner serves all tasks and continues from anywhere. Uses the privileged state of a World that it
+never steps; who owns the world steps it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from quantvla_ros.sim.kinematics import ArmKinematics, rotation_of, rotation_vector
+from quantvla_ros.sim.planner import Planner
+from quantvla_ros.sim.skills import Hold, Move, Posture, Segment
+from quantvla_ros.sim.starts import ARM_START
+from quantvla_ros.sim.surroundings import Surroundings
+from quantvla_ros.sim.world import World
+
+RATE_HZ = 20.0
+TURN_SPEED = 1.6  # rad/s
+JOINT_SPEED = 1.0  # rad/s, of the fastest joint when the arm goes to a posture
+SMOOTH_FROM = 4  # steps; shorter moves are not eased in and out
+
+
+class Expert:
+    """Commands one step at a time: targets (7,) in rad and the gripper, -1 open, +1 close."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.arm = ArmKinematics(world, ARM_START)
+        self.around = Surroundings(world)
+        self.planner = Planner(world, self.arm, self.around)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget every plan and look at the world afresh."""
+        self.queue: list[Segment] = []
+        self.progress = 0
+        self.tries: Counter[str] = Counter()
+        self.target = self.world.arm_positions().copy()
+        self.gripper = -1.0
+        self.position, self.rotation = self.arm.pose()
+        self.origin = self.target.copy()
+
+    def command(self) -> tuple[np.ndarray, float]:
+        """Return the command for the present step; call it once per step of the world."""
+        while not self.queue:
+            self.position, self.rotation = self.arm.pose_at(self.target)
+            self.queue = self.planner.plan(self.target, self.tries)
+            self.progress = 0
+        segment = self.queue[0]
+        if isinstance(segment, Hold):
+            self.gripper, last = segment.gripper, segment.steps
+        elif isinstance(segment, Posture):
+            last = self._unfold(segment)
+        else:
+            last = self._advance(segment)
+        self.progress += 1
+        if self.progress >= last:
+            if isinstance(segment, Move):
+                self.position, self.rotation = segment.position, segment.rotation
+            elif isinstance(segment, Posture):
+                self.position, self.rotation = self.arm.pose_at(self.target)
+            self.queue.pop(0)
+            self.progress = 0
+        return self.target.copy(), self.gripper
+
+    def _unfold(self, posture: Posture) -> int:
+        """Set the target of the present step on the way to a posture; return the steps it takes."""
+        if self.progress == 0:
+            self.origin = self.target.copy()
+        way = posture.joints - self.origin
+        steps = max(1, int(np.ceil(RATE_HZ * np.abs(way).max() / JOINT_SPEED)))
+        part = (self.progress + 1) / steps
+        self.target = self.origin + part * part * (3 - 2 * part) * way
+        self.gripper = posture.gripper
+        return steps
+
+    def _advance(self, move: Move) -> int:
+        """Set the target of the present step of a move; return how many steps it takes."""
+        way = move.position - self.position
+        turn = rotation_vector(move.rotation @ self.rotation.T)
+        seconds = max(np.linalg.norm(way) / move.speed, np.linalg.norm(turn) / TURN_SPEED)
+        steps = max(1, int(np.ceil(RATE_HZ * seconds)))
+        self.gripper = move.gripper
+        if self.progress < steps:
+            part = (self.progress + 1) / steps
+            if steps > SMOOTH_FROM:
+                part = part * part * (3 - 2 * part)
+            rotation = rotation_of(part * turn) @ self.rotation
+            self.target, _ = self.arm.solve(self.position + part * way, rotation, self.target)
+        return steps + move.settle

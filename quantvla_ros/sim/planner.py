@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the conditions of a task's goal to the skill that comes next.
+
+Knows the order in which conditions can be met (switch on, open, put, close) and where a thing
+must go to satisfy one. Refuses a condition no skill serves, with its name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from quantvla_ros.sim.kinematics import ArmKinematics
+from quantvla_ros.sim.skills import PAIR, SLOT, Hold, Segment, Skills
+from quantvla_ros.sim.surroundings import Surroundings
+from quantvla_ros.sim.world import OPEN, World
+
+ORDER = ('turnon', 'open', 'on', 'in', 'close')
+DROP = 0.008  # m above a surface at which a thing is let go
+BOXES = ('microwave',)
+BOX_PLACE = np.array([-0.022, -0.025, 0.0])  # m from the middle of its region: room for the hand
+ROOM = 0.13  # m; a drawer must be this far open to put something in
+
+
+class Planner:
+    """Plans for one world."""
+
+    def __init__(self, world: World, arm: ArmKinematics, around: Surroundings) -> None:
+        self.world, self.around = world, around
+        self.skills = Skills(world, arm, around)
+        self.goal = sorted(enumerate(world.scene.goal), key=lambda item: ORDER.index(item[1][0]))
+
+    def plan(self, seed: np.ndarray, tries: Counter[str]) -> list[Segment]:
+        """Return the moves up to the next point of decision; never an empty list."""
+        met = self.world.conditions()
+        for number, condition in self.goal:
+            if not met[number]:
+                moves = self._towards(condition, seed, tries)
+                return moves or [Hold(OPEN, 2)]
+        return [Hold(OPEN, 2)]
+
+    def _towards(
+        self, condition: list[str], seed: np.ndarray, tries: Counter[str]
+    ) -> list[Segment]:
+        verb, thing = condition[0], condition[1]
+        if verb in ('on', 'in'):
+            return self._put(verb, thing, condition[2], seed, tries)
+        joint = self._joints(thing)[0]
+        held = self.around.holding()
+        if held is not None:
+            return self._put_aside(held)
+        if verb == 'open':
+            return self.skills.open_drawer(joint, seed)
+        if verb == 'turnon':
+            return self.skills.turn_knob(joint)
+        if verb == 'close':
+            hinged = thing in self.world.scene.things
+            return self.skills.close_door(joint) if hinged else self.skills.close_drawer(joint)
+        raise ValueError(f'the expert has no skill for {condition!r}')
+
+    def _joints(self, name: str) -> list[str]:
+        owner = self.world.scene.sites.get(name) or self.world.scene.things[name]
+        return owner['joints']
+
+    def _put_aside(self, held: str) -> list[Segment]:
+        """Set down what is in the way where the hand is."""
+        position, _ = self.skills.arm.pose()
+        below = self.around.surface_below(position, 0.03, (held,))
+        low = max(below, float(self.around.points(held)[:, 2].min()) - 0.2)
+        return self.skills.place(held, self.around.origin(held)[:2], low + DROP)
+
+    def _put(
+        self, verb: str, thing: str, target: str, seed: np.ndarray, tries: Counter[str]
+    ) -> list[Segment]:
+        site = self.world.scene.sites.get(target)
+        held = self.around.holding()
+        if site and site['joints'] and held is None:
+            joint = site['joints'][0]
+            if 'drawer' in joint or 'level' in joint:
+                opened = abs(float(self.world.data.qpos[
+                    self.world.model.jnt_qposadr[self.world.joint_id(joint)]]))
+                if opened < ROOM:
+                    return self.skills.open_drawer(joint, seed)
+        if held not in (None, thing):
+            return self._put_aside(held)
+        if site and self._category(site['parent']) in BOXES:
+            return self._through_door(thing, target, held)
+        if held is None:
+            moves = self.skills.pick(thing, seed, tries[thing] // 2)
+            tries[thing] += 1
+            return moves
+        return self._put_down(verb, thing, target)
+
+    def _category(self, name: str | None) -> str:
+        return self.world.scene.things[name]['category'] if name in self.world.scene.things else ''
+
+    def _through_door(self, thing: str, target: str, held: str | None) -> list[Segment]:
+        """Put a thing into a box with a door: by its handle, from the front."""
+        if held is None:
+            return self.skills.pick_by_handle(thing)
+        parent = self.world.thing_body(self.world.scene.sites[target]['parent'])
+        matrix = self.world.data.xmat[parent].reshape(3, 3)
+        front = matrix @ [0.0, -1.0, 0.0]
+        spot = self._middle(target) + matrix @ BOX_PLACE
+        low = self._middle(target)[2] - self.world.scene.sites[target]['size'][2]
+        return self.skills.slide_in(thing, spot[:2], front[:2], low + 0.01)
+
+    def _middle(self, target: str) -> np.ndarray:
+        if target in self.world.scene.sites:
+            return self.world.data.site_xpos[self.world.site_id(target)].copy()
+        return self.around.origin(target)
+
+    def _slot(self, verb: str, thing: str, target: str) -> np.ndarray:
+        """Where the thing's origin goes in the plane: the middle, or a place beside the other."""
+        spot = self._middle(target)[:2]
+        rivals = [c[1] for c in self.world.scene.goal if c[0] == verb and c[-1] == target]
+        if len(rivals) < 2:
+            return spot
+        away = SLOT if verb == 'on' else PAIR
+        side = np.array([1.0, 0.0]) if verb == 'on' else np.array([1.0, 0.0])
+        return spot + side * away * (1 - 2 * rivals.index(thing))
+
+    def _put_down(self, verb: str, thing: str, target: str) -> list[Segment]:
+        spot = self._slot(verb, thing, target)
+        below = self.around.surface_below(spot, 0.02, (thing,))
+        site = self.world.scene.sites.get(target)
+        if verb == 'in' and site:
+            points = self.around.points(thing)
+            position, _ = self.skills.arm.pose()
+            hang = float(position[2] - points[:, 2].min())
+            walls = self.around.surface_below(spot, 0.11, (thing,))
+            bottom = max(below + 0.02, walls + 0.015 - hang)
+            return self.skills.place(thing, spot, bottom)
+        return self.skills.place(thing, spot, below + DROP)

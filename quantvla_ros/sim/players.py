@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who plays the episodes: this process, several processes, or the actors of a Ray cluster.
+
+A Player holds one world and the policies of all variants. Without batching every player computes
+its own chunks, one at a time on one thread, so the outcome of an episode does not depend on how
+many players there are or where they run. With batching one process computes for all of them,
+padded to a fixed batch, so that a chunk does not depend on who else asked.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from quantvla_ros.action import ActionChunk
+from quantvla_ros.contract import load_contract
+from quantvla_ros.observation import Observation
+from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
+from quantvla_ros.sim.episodes import Act, Episode, Outcome, Settings, Variant, Watch, play
+
+PATIENCE_S = 0.004  # how long a batch waits for more to join
+MAX_DEATHS = 8
+
+
+def load_policy(settings: Settings, variant: Variant, threads: int) -> Policy:
+    """Make the policy of one variant."""
+    made_with = PolicySettings(
+        model=settings.model,
+        precision=variant.precision,
+        device=settings.device,
+        steps=variant.steps,
+        threads=threads,
+    )
+    return make_policy(settings.policy, load_contract(settings.contract), made_with)
+
+
+class Player:
+    """Plays one episode after another and keeps what the next one can use."""
+
+    def __init__(self, settings: Settings, act: Act | None = None) -> None:
+        self.settings = settings
+        self.contract = load_contract(settings.contract)
+        self._act = act or self._act_here
+        self._policies: dict[Variant, Policy] = {}
+        self._world: Any = None
+        self._task = ''
+
+    def play(self, episode: Episode, watch: Watch | None = None) -> Outcome:
+        """Play one episode; an exception becomes a crashed outcome.
+
+        Raises ValueError for a task that cannot be had, which is for the user to mend.
+        """
+        world = self._world_of(episode)
+        text = world.scene.instruction
+        return play(world, episode, self.settings, self.contract, text, self._act, watch)
+
+    def _world_of(self, episode: Episode) -> Any:
+        if self._task != episode.task_name:
+            if self._world is not None:
+                self._world.close()
+            self._world, self._task = make_task(self.settings, episode), episode.task_name
+        return self._world
+
+    def _act_here(self, episode: Episode, observation: Observation, seed: int) -> ActionChunk:
+        if episode.variant not in self._policies:
+            self._policies[episode.variant] = load_policy(self.settings, episode.variant, 1)
+        policy = self._policies[episode.variant]
+        return policy.denoise(policy.prepare(observation), seed)
+
+
+def make_task(settings: Settings, episode: Episode) -> Any:
+    """Return the world of an episode."""
+    if settings.real:
+        from quantvla_ros.sim.robosuite_world import RobosuiteWorld
+
+        return RobosuiteWorld(episode.suite, episode.task)
+    from quantvla_ros.sim.world import make_world
+
+    return make_world(episode.suite, episode.task, settings.max_texture)
+
+
+class Queue:
+    """Episodes still to be played; a player stays with the task whose world it has loaded."""
+
+    def __init__(self, episodes: Sequence[Episode]) -> None:
+        self._waiting: dict[str, list[Episode]] = {}
+        for episode in episodes:
+            self._waiting.setdefault(episode.task_name, []).append(episode)
+        self._players: dict[str, int] = {}
+
+    def next(self, task: str) -> Episode | None:
+        """Return an episode for a player that has `task` loaded ('' for none)."""
+        if not self._waiting.get(task):
+            if task in self._players:
+                self._players[task] -= 1
+            if not self._waiting:
+                return None
+            # the task with the most episodes left for each player that is at it already
+            task = max(
+                self._waiting,
+                key=lambda name: len(self._waiting[name]) / (1 + self._players.get(name, 0)),
+            )
+            self._players[task] = self._players.get(task, 0) + 1
+        episode = self._waiting[task].pop(0)
+        if not self._waiting[task]:
+            del self._waiting[task]
+        return episode
+
+
+class BatchedInference:
+    """Computes the chunks of all players at once, in batches of one fixed size per variant."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._policies: dict[Variant, Any] = {}
+
+    def chunks(
+        self, variant: Variant, asked: Sequence[tuple[Observation, int]]
+    ) -> list[ActionChunk]:
+        """Return one chunk for each question; the last one pads a batch that is not full."""
+        if variant not in self._policies:
+            self._policies[variant] = load_policy(self.settings, variant, 0)
+        policy = self._policies[variant]
+        if not hasattr(policy, 'prepare_batch'):
+            raise ValueError(f'policy {self.settings.policy!r} has no batches; use --batch 1')
+        size, found = self.settings.batch, []
+        for first in range(0, len(asked), size):
+            part = list(asked[first : first + size])
+            full = part + [part[-1]] * (size - len(part))
+            prepared = policy.prepare_batch([observation for observation, _ in full])
+            found += policy.denoise_batch(prepared, [seed for _, seed in full])[: len(part)]
+        return found
+
+
+def _serve(connection: Connection, settings: Settings) -> None:
+    """Run one player process: episodes in, outcomes and questions out."""
+
+    def ask(episode: Episode, observation: Observation, seed: int) -> ActionChunk:
+        connection.send(('ask', episode.variant, observation, seed))
+        return connection.recv()
+
+    player = Player(settings, ask if settings.batch > 1 else None)
+    while (episode := connection.recv()) is not None:
+        try:
+            connection.send(('done', player.play(episode)))
+        except ValueError as error:
+            connection.send(('refused', str(error)))
+
+
+class _Worker:
+    """One player process and what it is at."""
+
+    def __init__(self, settings: Settings) -> None:
+        context = mp.get_context('spawn')
+        self.connection, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(
+            target=_serve, args=(theirs, settings), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self.episode: Episode | None = None
+
+    def give(self, episode: Episode | None) -> None:
+        """Send the next episode, or tell the process to end."""
+        self.episode = episode
+        self.connection.send(episode)
+
+
+def play_in_processes(
+    episodes: Sequence[Episode], settings: Settings, workers: int
+) -> Iterator[Outcome]:
+    """Play on several processes of this machine; outcomes come as they finish.
+
+    A process that dies gives its episode back as crashed and is replaced. Raises ValueError with
+    what a player refused.
+    """
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # read by the children, which compute alone
+    queue, inference = Queue(episodes), BatchedInference(settings)
+    team = [_Worker(settings) for _ in range(min(workers, len(episodes)))]
+    try:
+        for worker in team:
+            worker.give(queue.next(''))
+        yield from _collect(team, queue, settings, inference)
+    finally:
+        for worker in team:
+            worker.process.terminate()
+        for worker in team:
+            worker.process.join()
+
+
+def _collect(
+    team: list[_Worker], queue: Queue, settings: Settings, inference: BatchedInference
+) -> Iterator[Outcome]:
+    asked: list[tuple[_Worker, Variant, tuple[Observation, int]]] = []
+    deaths = 0
+    while busy := [w for w in team if w.episode is not None]:
+        waiting_for_answer = [worker for worker, _, _ in asked]
+        others = {w.connection: w for w in busy if w not in waiting_for_answer}
+        ready = wait(list(others), timeout=PATIENCE_S if asked else None) if others else []
+        for connection in ready:
+            worker = others[connection]  # type: ignore[index]
+            try:
+                message = worker.connection.recv()
+            except (EOFError, ConnectionResetError):
+                deaths += 1
+                yield _buried(worker, deaths)
+                team[team.index(worker)] = fresh = _Worker(settings)
+                fresh.give(queue.next(''))
+                continue
+            if message[0] == 'ask':
+                asked.append((worker, message[1], (message[2], message[3])))
+            elif message[0] == 'refused':
+                raise ValueError(message[1])
+            else:
+                task = worker.episode.task_name if worker.episode else ''
+                worker.give(queue.next(task))
+                yield message[1]
+        if asked and not ready:
+            _answer(asked, inference)
+            asked = []
+
+
+def _answer(
+    asked: list[tuple[_Worker, Variant, tuple[Observation, int]]], inference: BatchedInference
+) -> None:
+    for variant in dict.fromkeys(variant for _, variant, _ in asked):
+        group = [(worker, question) for worker, v, question in asked if v == variant]
+        chunks = inference.chunks(variant, [question for _, question in group])
+        for (worker, _), chunk in zip(group, chunks, strict=True):
+            worker.connection.send(chunk)
+
+
+def _buried(worker: _Worker, deaths: int) -> Outcome:
+    assert worker.episode is not None
+    worker.process.join()
+    text = f'the player process ended with exit code {worker.process.exitcode}'
+    if deaths > MAX_DEATHS:
+        raise RuntimeError(f'{text}; {deaths} processes have died, giving up')
+    return Outcome(worker.episode, 'crashed', error=text)
+
+
+def play_on_ray(
+    episodes: Sequence[Episode], settings: Settings, workers: int, address: str
+) -> Iterator[Outcome]:
+    """Play on the actors of a Ray cluster, one core each; outcomes come as they finish.
+
+    Every node needs this package and its scenes (packed, or QUANTVLA_SCENES).
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError('--ray needs the ray package: pip install ray') from error
+    ray.init(address=address, log_to_driver=False)
+    remote_player: Callable[..., Any] = ray.remote(num_cpus=1)(Player).remote
+    queue = Queue(episodes)
+    running: dict[Any, tuple[Any, Episode]] = {}
+
+    def give(actor: Any, task: str) -> None:
+        episode = queue.next(task)
+        if episode is not None:
+            running[actor.play.remote(episode)] = (actor, episode)
+
+    try:
+        for _ in range(min(workers, len(episodes))):
+            give(remote_player(settings), '')
+        while running:
+            done, _ = ray.wait(list(running))
+            actor, episode = running.pop(done[0])
+            try:
+                yield ray.get(done[0])
+                give(actor, episode.task_name)
+            except ray.exceptions.RayActorError as error:
+                yield Outcome(episode, 'crashed', error=f'the Ray actor died: {error}')
+                give(remote_player(settings), '')
+    finally:
+        ray.shutdown()
