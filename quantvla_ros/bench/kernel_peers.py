@@ -70,7 +70,7 @@ def _session(nodes: list, initializers: list, rows: int, columns: int, threads: 
 
 
 def onnxruntime_four_bits(x: Tensor, w: Tensor, threads: int) -> Run:
-    """MatMulNBits: 4 bits, blocks of 128, accuracy level 4 (int8 tokens), quantization included."""
+    """MatMulNBits: 4 bits, blocks of 128, accuracy level 4 (int8 tokens, quantized inside)."""
     import numpy as np
     from onnx import helper, numpy_helper
 

@@ -34,7 +34,7 @@ SCHEMES = {'w4a8': (4, 0, 8), 'w4a8 g128': (4, 128, 8), 'w4a4': (4, 0, 4), 'w8a8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument('--quick', action='store_true', help='two shapes, three token counts')
-    parser.add_argument('--paths', default='', help='by comma; default: all that run here but scalar')
+    parser.add_argument('--paths', default='', help='by comma; default: all here but scalar')
     parser.add_argument('--seconds', type=float, default=0.15, help='for each cell')
     parser.add_argument('--no-peers', action='store_true', help='no other libraries')
     parser.add_argument('--no-chunk', action='store_true', help='leave the whole policy out')
