@@ -9,6 +9,7 @@ logged, since rclpy swallows it, and the node goes through error processing to u
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -128,10 +129,19 @@ class ManagedNode(LifecycleNode):
         return result
 
     def _say_once(self, sentence: str) -> None:
-        """Log a refusal once, however often autostart meets it."""
-        if sentence != self._said and not self.stop:
+        """Log a refusal once, however often autostart meets it; figures in it do not count."""
+        gist = re.sub(r'[0-9.]+', '#', sentence)
+        if gist != self._said and not self.stop:
             self.get_logger().error(sentence)
-        self._said = sentence
+        self._said = gist
+
+    def destroy_node(self) -> None:
+        """Destroy the node and its lifecycle services, which rclpy leaves on the graph.
+
+        A service that nobody serves any more swallows the calls meant for the node's successor.
+        """
+        super().destroy_node()
+        self._state_machine.destroy_when_not_in_use()
 
     # waiting -------------------------------------------------------------------------------
 
@@ -207,6 +217,7 @@ def run(make_node: Callable[[], ManagedNode], argv: Sequence[str] | None = None)
         executor.remove_node(node)
         node.destroy_node()
         rclpy.try_shutdown()
+    STOP.ignore()
     _leave_stuck_threads()
     return 0
 
