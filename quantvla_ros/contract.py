@@ -141,6 +141,7 @@ class Contract:
     instruction: str
     vectors: tuple[Vector, ...] = ()
     limits: Mapping[str, JointLimits] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)  # policies/agreement.py reads it
 
     @property
     def camera_names(self) -> tuple[str, ...]:
@@ -358,6 +359,7 @@ def parse_contract(data: Any, source: str = 'contract') -> Contract:
         instruction=instruction.text('default', ''),
         vectors=_vectors(root),
         limits=_limits(root),
+        model=root.get('model', dict, 'a mapping', {}),
     )
     instruction.done()
     root.done()

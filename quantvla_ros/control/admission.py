@@ -30,7 +30,8 @@ class GuardSettings:
     max_refusals: so many refused chunks in a row stop the arm.
     max_future_s: a chunk stamped farther ahead than this is refused.
     huge_step_rad, huge_step_m: a chunk with a longer step from row to row, or from the last
-        command to its first reachable row, is refused. Snap joints of the limiter are exempt.
+        command to its first reachable row, is refused. Snap joints of the limiter may cross
+        their whole range besides.
     start_tolerance_rad, start_tolerance_m: how far outside its limits a joint may be at a start;
         the first command is then the nearest pose inside.
     """
@@ -115,12 +116,10 @@ def refuse_chunk(
     if chunk.joint_names != names:
         return 'wrong_names', f'chunk is for {list(chunk.joint_names)}; expected {list(names)}'
     if not (np.isfinite(chunk.positions).all() and math.isfinite(chunk.step_dt_s)):
-        row, joint = np.argwhere(~np.isfinite(chunk.positions))[0] if not np.isfinite(
-            chunk.positions).all() else (0, 0)
-        return 'non_finite', (
-            f'chunk holds {chunk.positions[row, joint]} for joint {names[joint]!r} at row {row}, '
-            f'step_dt_s {chunk.step_dt_s}'
-        )
+        bad = [f'row {row} of {names[joint]!r} is {chunk.positions[row, joint]}'
+               for row, joint in np.argwhere(~np.isfinite(chunk.positions))[:3]]
+        what = '; '.join(bad) or f'step_dt_s is {chunk.step_dt_s}'
+        return 'non_finite', f'chunk holds values that are not finite: {what}'
     ahead_s = (chunk.stamp_ns - now_ns) / NS_PER_S
     if ahead_s > settings.max_future_s:
         return 'future', (
@@ -136,14 +135,14 @@ def _huge_step(
     now_ns: int,
     commanded: np.ndarray | None,
 ) -> tuple[str, str] | None:
-    rows = chunk.positions[_first_reachable(chunk, now_ns) :]
-    if commanded is not None:
-        rows = np.concatenate([commanded[None], rows])
-    if len(rows) < 2:
-        return None
-    steps = np.abs(np.diff(rows, axis=0)).max(axis=0)
+    rows, reachable = chunk.positions, _first_reachable(chunk, now_ns)
+    entry = rows[reachable] if commanded is None else commanded
     bound = limiter.by_kind(settings.huge_step_rad, settings.huge_step_m)
-    excess = np.where(limiter.snap, 0.0, steps / bound)
+    bound = np.where(limiter.snap, bound + limiter.upper - limiter.lower, bound)
+    with np.errstate(over='ignore'):  # an infinite step is a huge one
+        steps = np.abs(np.diff(rows, axis=0)).max(axis=0, initial=0.0)
+        steps = np.maximum(steps, np.abs(rows[reachable] - entry))
+        excess = steps / bound
     joint = int(excess.argmax())
     if excess[joint] <= 1:
         return None

@@ -20,7 +20,9 @@ from quantvla_ros.control.clock import Clock
 from quantvla_ros.control.types import Fault
 
 FUTURE_S = 0.02  # a stamp farther ahead of the header clock than this is a fault
-FAULT_HOLD_S = 0.1  # a fault of a single message stays visible so long, for a slower check()
+# A fault of a message stands until a good message comes, and so long at least: a check() that
+# runs more slowly than the messages must not miss it.
+FAULT_HOLD_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class _Seen:
     steady_ns: int
     digest: int | None
     same_since_ns: int  # steady, since when the content has been the same
+    good: bool  # the last message was without fault
     fault: Fault | None = None  # of a single message
     fault_ns: int = 0  # steady
 
@@ -101,12 +104,13 @@ class Freshness:
             steady_ns,
             digest,
             last.same_since_ns if last is not None and same else steady_ns,
+            True,
             last.fault if last is not None else None,
             last.fault_ns if last is not None else 0,
         )
         fault = self._stamp_fault(name, stamp_ns, last)
         if fault is not None:
-            seen = replace(seen, fault=fault, fault_ns=steady_ns)
+            seen = replace(seen, fault=fault, fault_ns=steady_ns, good=False)
         self._seen[name] = seen
 
     def broken(self, name: str, kind: str, sentence: str) -> None:
@@ -114,8 +118,8 @@ class Freshness:
         steady_ns, last = self._clock.steady_ns(), self._seen[name]
         fault = Fault(name, kind, f'{name}: {sentence}')
         if last is None:  # never a good message: the fault stands beside the silence
-            last = _Seen(0, self._started_ns, None, self._started_ns)
-        self._seen[name] = replace(last, fault=fault, fault_ns=steady_ns)
+            last = _Seen(0, self._started_ns, None, self._started_ns, False)
+        self._seen[name] = replace(last, fault=fault, fault_ns=steady_ns, good=False)
 
     def _stamp_fault(self, name: str, stamp_ns: int, last: _Seen | None) -> Fault | None:
         if stamp_ns <= 0:
@@ -169,7 +173,7 @@ class Freshness:
         faults = []
         if seen is not None and seen.fault is not None:
             held_s = (steady_ns - seen.fault_ns) / NS_PER_S
-            if held_s <= FAULT_HOLD_S:
+            if not seen.good or held_s <= FAULT_HOLD_S:
                 faults.append(seen.fault)
         heard_ns = self._started_ns if seen is None else seen.steady_ns
         silent_s = (steady_ns - heard_ns) / NS_PER_S
@@ -185,7 +189,8 @@ class Freshness:
         if age_s > bounds.max_age_s:
             faults.append(Fault(
                 name, 'stale',
-                f'{name}: stamped {age_s:.3f} s ago, at most {bounds.max_age_s:g} s'
+                f'{name}: stamped {age_s:.3f} s ago, at most {bounds.max_age_s:g} s; it came '
+                f'{silent_s:.3f} s ago'
             ))
         if bounds.max_frozen_s and self._moving_since_ns is not None:
             since_ns = max(seen.same_since_ns, self._moving_since_ns)

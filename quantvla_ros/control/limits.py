@@ -133,6 +133,8 @@ class JointLimiter:
         self._scale = 1.0  # written by any thread, read once per step: a float swaps whole
         self._velocity = self.velocity * (1 - MARGIN)
         self._brake = self.acceleration * (1 - MARGIN)
+        # one row each for closing in on a target, for the room ahead and for the room behind
+        self._brakes = np.array([self._brake * TRACKING_SHARE, self._brake, self._brake])
         strangers = set(snap_joints) - set(limits)
         if strangers:
             raise ValueError(f'snap_joints names {sorted(strangers)}; expected {list(limits)}')
@@ -227,20 +229,22 @@ class JointLimiter:
         the velocity further (the ramp after a start). clipped: (joints,) bool, the command is
         farther from the target than CLIPPED_RAD or CLIPPED_M.
         """
+        high, low = self.upper, self.lower
+        if measured is not None:
+            high = np.minimum(high, measured + self.lead)
+            low = np.maximum(low, measured - self.lead)
         aim = np.minimum(np.maximum(target, self.lower), self.upper)
         gap = aim - target_velocity * step_s - motion.positions
-        scale = self._scale
-        closing = self._reach(np.abs(gap), step_s, self._brake * TRACKING_SHARE)
+        closing, up, down = self._reach(
+            np.array([np.abs(gap), high - motion.positions, motion.positions - low]),
+            step_s,
+            self._brakes,
+        )
         wanted = target_velocity + np.copysign(closing, gap)
-        bound = self._velocity * (scale * velocity_share)
-        wanted = np.minimum(np.maximum(wanted, -bound), bound)
-        if measured is not None:
-            ahead = measured + self.lead - motion.positions
-            behind = motion.positions - (measured - self.lead)
-            fastest = self._reach(np.maximum(ahead, 0.0), step_s, self._brake)
-            slowest = -self._reach(np.maximum(behind, 0.0), step_s, self._brake)
-            wanted = np.maximum(np.minimum(wanted, fastest), slowest)
-        after = self._advance(motion, wanted, step_s, scale)
+        bound = self._velocity * (self._scale * velocity_share)
+        up, down = np.minimum(up, bound), np.maximum(-down, -bound)
+        wanted = np.maximum(np.minimum(wanted, up), down)
+        after = self._advance(motion, wanted, step_s, self._scale)
         return after, np.abs(target - after.positions) > self._tolerance
 
     def brake(self, motion: Motion, step_s: float) -> Motion:
@@ -251,22 +255,28 @@ class JointLimiter:
         if not moving.any():
             return Motion(motion.positions, motion.velocities, step_s)
         keep = max(0.0, 1.0 - float((drop[moving] / speed[moving]).min()))
-        return self._advance(motion, motion.velocities * keep, step_s, 1.0)
+        up, down = self._reach(
+            np.array([self.upper - motion.positions, motion.positions - self.lower]),
+            step_s,
+            self._brakes[1:],
+        )
+        bound = self._velocity * self._scale
+        up, down = np.minimum(up, bound), np.maximum(-down, -bound)
+        wanted = np.maximum(np.minimum(motion.velocities * keep, up), down)
+        return self._advance(motion, wanted, step_s, 1.0)
 
     @staticmethod
     def _reach(room: np.ndarray, step_s: float, brake: np.ndarray) -> np.ndarray:
         """Fastest v with v h + max(0, v - A h / 2)^2 / 2A <= room: see the module's docstring."""
-        fast = np.sqrt(2.0 * brake * room) - brake * (0.5 * step_s)
-        return np.where(2.0 * room > brake * step_s**2, fast, room / step_s)
+        twice = np.maximum(room, 0.0) * 2.0
+        fast = np.sqrt(twice * brake) - brake * (0.5 * step_s)
+        return np.where(twice > brake * (step_s * step_s), fast, twice * (0.5 / step_s))
 
     def _advance(
         self, motion: Motion, wanted: np.ndarray, step_s: float, scale: float
     ) -> Motion:
-        """Bound the wanted velocity by position, then by acceleration, which has the last word."""
+        """Bound the wanted velocity by the acceleration, which has the last word, and move."""
         before = motion.velocities
-        fastest = self._reach(np.maximum(self.upper - motion.positions, 0.0), step_s, self._brake)
-        slowest = -self._reach(np.maximum(motion.positions - self.lower, 0.0), step_s, self._brake)
-        wanted = np.maximum(np.minimum(wanted, fastest), slowest)
         change = self._brake * (0.5 * (step_s + motion.step_s))
         high, low = before + change, before - change
         if scale < 1.0:

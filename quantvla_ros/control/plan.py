@@ -10,7 +10,7 @@ import numpy as np
 
 from quantvla_ros.action import NS_PER_S, ActionChunk
 
-RUN_OUT_S = 0.3  # how a plan coasts to rest beyond its end, for blending only
+RUN_OUT_S = 0.3  # a plan coasts to rest beyond its end, where a blend is longer than the plan
 
 
 def slopes(positions: np.ndarray, step_s: float) -> np.ndarray:
@@ -108,23 +108,26 @@ def plan_of(chunk: ActionChunk, start_ns: int, speed: float) -> Plan:
 def blend(old: Plan, new: Plan, now_ns: int, start_ns: int, length_s: float) -> Plan:
     """Return the plan that is `old` until start_ns and `new` length_s later, C1 throughout.
 
-    Between, (1 - w) old + w new with w = 3 s^2 - 2 s^3 is laid down in knots that match it in
-    position and velocity. At start_ns there is a knot of the old plan itself, which changes
-    nothing before it: one cubic cut in two is the same cubic.
+    Between, new + h, where the cubic h takes the difference of the two plans in position and
+    velocity at start_ns to zero. A cubic added to cubics is represented exactly by knots at the
+    ends of h and at those of `new` between. The knot of the old plan at start_ns changes nothing
+    before it: one cubic cut in two is the same cubic.
     """
     stamps, positions, velocities = old.between(now_ns, start_ns)
     end_ns = start_ns + max(1, round(length_s * NS_PER_S))
-    count = max(2, min(16, 2 + round(2 * (end_ns - start_ns) / new.step_ns)))
+    (p0, v0), (p1, v1) = old.at(start_ns), new.at(start_ns)
+    gap, turn = p0 - p1, v0 - v1
+    first, last = bisect_right(new.stamps_ns, start_ns), bisect_right(new.stamps_ns, end_ns - 1)
     knots, rows, rates = list(stamps), [*positions], [*velocities]
-    for index in range(count):
-        stamp = start_ns + (end_ns - start_ns) * index // (count - 1)
+    for stamp in (start_ns, *new.stamps_ns[first:last], end_ns):
         s = (stamp - start_ns) / (end_ns - start_ns)
-        weight = s * s * (3 - 2 * s)
-        rate = 6 * s * (1 - s) / length_s
-        (p0, v0), (p1, v1) = old.at(stamp), new.at(stamp)
+        position, velocity = new.at(stamp)
+        fade = gap * (1 + 2 * s) + turn * (length_s * s)
         knots.append(stamp)
-        rows.append(p0 + weight * (p1 - p0))
-        rates.append(v0 + weight * (v1 - v0) + rate * (p1 - p0))
+        rows.append(position + fade * (1 - s) ** 2)
+        rates.append(
+            velocity + (gap * (6 * s * (s - 1)) / length_s) + turn * ((1 - s) * (1 - 3 * s))
+        )
     rest = bisect_right(new.stamps_ns, end_ns)
     knots += new.stamps_ns[rest:]
     rows += [*new.positions[rest:]]

@@ -27,7 +27,7 @@ class PlayerSettings:
 
     blend_s: shortest blend; it grows with the gap, so that the seam asks for no more than half of
     each joint's velocity and acceleration. max_blend_s: a gap that needs longer is refused.
-    prefix_tolerance: rad or m; a chunk made with a prefix that fits so well joins unblended.
+    prefix_tolerance: rad or m; a chunk made with a prefix that fits so well joins within one step.
     """
 
     blend_s: float = 0.1
@@ -104,8 +104,8 @@ class ChunkPlayer:
     def _too_far(self, gap: np.ndarray) -> str | None:
         """Refuse a gap (joints,) that even the longest blend cannot cross within the limits.
 
-        The weight 3 s^2 - 2 s^3 over T has a rate of at most 1.5 / T and a second derivative of
-        at most 6 / T^2.
+        The cubic that fades a gap out over T has a rate of at most 1.5 gap / T and a second
+        derivative of at most 6 gap / T^2.
         """
         limiter, longest_s = self._limiter, self._settings.max_blend_s
         allowed = np.minimum(
@@ -126,8 +126,9 @@ class ChunkPlayer:
     ) -> float:
         """How long to blend: long enough that the seam takes at most half of each limit.
 
-        The blend adds 1.5 gap / T of velocity and 6 gap / T^2 + 3 turn / T of acceleration,
-        where turn is the difference of the two velocities.
+        The blend adds at most 1.5 gap / T of velocity and 6 gap / T^2 + 4 turn / T of
+        acceleration, where turn is the difference of the two velocities. max_blend_s comes
+        first; what then exceeds a limit is left to the limiter.
         """
         settings, limiter = self._settings, self._limiter
         left_s = (new.end_ns - start_ns) / NS_PER_S
@@ -136,7 +137,7 @@ class ChunkPlayer:
             return min(settings.blend_s, new.step_ns / NS_PER_S)
         turn = np.abs(new.at(start_ns)[1] - old.at(start_ns)[1])
         half = 0.5 * limiter.acceleration
-        for_acceleration = (3 * turn + np.sqrt(9 * turn**2 + 24 * gap * half)) / (2 * half)
+        for_acceleration = (2 * turn + np.sqrt(4 * turn**2 + 6 * gap * half)) / half
         wished = np.maximum(3 * gap / limiter.velocity, for_acceleration)
         wished_s = float(np.where(limiter.snap, 0.0, wished).max())
         longest_s = min(settings.max_blend_s, max(left_s, settings.blend_s))

@@ -8,6 +8,7 @@ counted and left out, for two commands at once would be a jump.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -18,10 +19,16 @@ from quantvla_ros.control.latency import LatencyFigures, LatencyTracker
 
 
 class ControlThread:
-    """Calls tick() rate_hz times a second until stopped. An exception ends it and is kept."""
+    """Calls tick() rate_hz times a second until stopped. An exception ends it and is kept.
 
-    def __init__(self, tick: Callable[[], None], rate_hz: float) -> None:
+    priority: of SCHED_FIFO, as ros2_control asks for; 0 for none. realtime tells whether the
+    system granted it; without it everything works, with more jitter on a busy machine.
+    """
+
+    def __init__(self, tick: Callable[[], None], rate_hz: float, priority: int = 0) -> None:
         self._tick = tick
+        self._priority = priority
+        self.realtime = False
         self._period_ns = round(NS_PER_S / rate_hz)
         self._stop = threading.Event()
         self._lateness = LatencyTracker(window=6000, warm_up=0)
@@ -45,7 +52,17 @@ class ControlThread:
         """Return how late ticks began, over the last minute at 100 Hz."""
         return self._lateness.figures()
 
+    def _ask_for_priority(self) -> None:
+        """Ask for SCHED_FIFO for this thread alone; most systems grant it only by rtprio."""
+        try:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(self._priority))
+            self.realtime = True
+        except (OSError, AttributeError):
+            self.realtime = False
+
     def _run(self) -> None:
+        if self._priority:
+            self._ask_for_priority()
         due_ns = time.monotonic_ns() + self._period_ns
         while not self._stop.is_set():
             wait_ns = due_ns - time.monotonic_ns()

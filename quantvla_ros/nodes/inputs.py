@@ -25,6 +25,11 @@ from quantvla_ros.control.freshness import Freshness, frame_digest
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.nodes.names import LATCHED, SENSOR
 
+try:
+    from rclpy.event_handler import SubscriptionEventCallbacks
+except ImportError:  # Humble
+    from rclpy.qos_event import SubscriptionEventCallbacks
+
 JOINTS = 'joint_states'
 
 
@@ -82,8 +87,10 @@ class Inputs:
                 lambda message, name=vector.name: self._vector(name, message),
             )
         # A latched publisher is heard late by the one, a plain `ros2 topic pub` by the other.
-        for qos in (LATCHED, QoSProfile(depth=1)):
-            self._subscribe(String, contract.instruction_topic, qos, self._instruction)
+        # That the latched one does not hear a plain publisher is known, so no warning of it.
+        quiet = SubscriptionEventCallbacks(use_default_callbacks=False)
+        for qos, events in ((LATCHED, quiet), (QoSProfile(depth=1), None)):
+            self._subscribe(String, contract.instruction_topic, qos, self._instruction, events)
 
     def watch(self, freshness: Freshness) -> None:
         """Tell this Freshness of every message from now on."""
@@ -105,8 +112,12 @@ class Inputs:
             self._node.destroy_subscription(subscription)
         self._subscriptions = []
 
-    def _subscribe(self, kind: Any, topic: str, qos: QoSProfile, callback: Any) -> None:
-        self._subscriptions.append(self._node.create_subscription(kind, topic, callback, qos))
+    def _subscribe(
+        self, kind: Any, topic: str, qos: QoSProfile, callback: Any, events: Any = None
+    ) -> None:
+        self._subscriptions.append(
+            self._node.create_subscription(kind, topic, callback, qos, event_callbacks=events)
+        )
 
     def _subscribe_camera(self, camera: Camera) -> None:
         self.rates[camera_key(camera.name)] = RateMeter()

@@ -84,6 +84,9 @@ POLICY_NODE: tuple[Parameter, ...] = (
               'Start moving at activate; false waits for ~/enable.'),
     Parameter('require_controller', True, '', CONFIGURE,
               'Refuse to activate, and stop, when nothing subscribes to the command topic.'),
+    Parameter('control_priority', 50, '', CONFIGURE,
+              'SCHED_FIFO priority asked for the control thread; where it is refused, it runs '
+              'at normal priority; 0 does not ask.', 0, 99),
     Parameter('inference.timeout_s', 2.0, 's', CONFIGURE,
               'Longest inference on the steady clock; past it the arm stops.', 0.05, 120.0),
     Parameter('inference.margin_s', 0.05, 's', CONFIGURE,
@@ -238,7 +241,7 @@ def yaml_text(table: Sequence[Parameter] = POLICY_NODE) -> str:
         head, _, tail = parameter.name.rpartition('.')
         if head != group:
             group = head
-            lines.append(f'    {group}:')
+            lines += [f'    {group}:'] if group else []
         indent = '      ' if head else '    '
         meaning = f'{parameter.description} [{parameter.when}]{_range(parameter)}'
         lines += textwrap.wrap(

@@ -25,6 +25,7 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.control.types import State
 from quantvla_ros.nodes import diagnostics, names, parameters
 from quantvla_ros.nodes.commands import make_chunk
+from quantvla_ros.nodes.controller_check import ask_controller, check_controller
 from quantvla_ros.nodes.inputs import JOINTS, camera_key, vector_key
 from quantvla_ros.nodes.lifecycle import ManagedNode, run
 from quantvla_ros.nodes.serving import Serving
@@ -76,6 +77,7 @@ class PolicyNode(ManagedNode):
                 'remap the topic'
             )
         serving = self.serving = Serving(self, contract, values, self._description)
+        serving.connect(self)
         serving.load_policy(self.wait_until)
         assert serving.inference is not None  # load_policy made it
         serving.inference.on_chunk = self._on_chunk
@@ -89,9 +91,17 @@ class PolicyNode(ManagedNode):
     def begin(self) -> None:
         """Wait for fresh inputs; start from the measured pose, or wait for ~/enable."""
         serving = self._configured()
+        self._check_controller(serving)
         serving.begin(self.wait_until)
         if serving.values['enable_on_activate']:
             serving.enable()
+
+    def _check_controller(self, serving: Serving) -> None:
+        """Refuse a controller of other joints, where it can be asked."""
+        topic = serving.contract.controller.topic
+        found = ask_controller(self, topic, self.wait_until)
+        for warning in check_controller(serving.contract, found or {}):
+            self.get_logger().warning(warning)
 
     def halt(self) -> None:
         """Bring the arm to rest."""
@@ -104,8 +114,8 @@ class PolicyNode(ManagedNode):
         serving, self.serving = self.serving, None
         if serving is not None and not serving.end():
             self.get_logger().error(
-                'the policy hangs; its thread is left behind and its memory stays in use until '
-                'this process ends'
+                'the policy does not come back; its thread is left behind and its memory stays in '
+                'use until this process ends'
             )
 
     def listen(self) -> None:
@@ -115,7 +125,8 @@ class PolicyNode(ManagedNode):
         if taken is not None:
             self._on_description(taken[0])
         if self.serving is not None:
-            self.serving.inputs.listen()
+            self.serving.listen()
+        self._watch()
 
     # callbacks -----------------------------------------------------------------------------
 
@@ -185,7 +196,7 @@ class PolicyNode(ManagedNode):
 
     def _watch(self) -> None:
         """Stop what only the graph can tell, and publish what changed; at 20 Hz and on calls."""
-        serving = self.serving
+        serving = self._ready()
         if serving is not None:
             self._watch_graph(serving)
         now = time.monotonic()
@@ -197,6 +208,11 @@ class PolicyNode(ManagedNode):
             self._report(changed=changed, periodic=now >= self._report_at)
         if now >= self._report_at:
             self._report_at = now + REPORT_PERIOD_S
+
+    def _ready(self) -> Serving | None:
+        """Return what serves the policy once it is loaded; half of it has nothing to tell."""
+        serving = self.serving
+        return serving if serving is not None and serving.inference is not None else None
 
     def _watch_graph(self, serving: Serving) -> None:
         control = serving.control
@@ -212,7 +228,7 @@ class PolicyNode(ManagedNode):
 
     def _present_edge(self) -> tuple[Any, ...]:
         """What ~/status must tell at once."""
-        serving = self.serving
+        serving = self._ready()
         if serving is None:
             return (self.state_label, self._estop_sentence)
         guard = serving.guard
@@ -221,7 +237,7 @@ class PolicyNode(ManagedNode):
         )
 
     def _report(self, *, changed: bool, periodic: bool) -> None:
-        serving = self.serving
+        serving = self._ready()
         active = False
         if serving is not None:
             active = serving.guard.state is State.RUNNING and not serving.dry_run
@@ -240,7 +256,7 @@ class PolicyNode(ManagedNode):
             self._diagnostics.publish(array)
 
     def _input_statuses(self) -> list[Any]:
-        serving = self.serving
+        serving = self._ready()
         if serving is None:
             return []
         now_ns = time.monotonic_ns()

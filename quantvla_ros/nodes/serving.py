@@ -72,11 +72,10 @@ class Serving:
         self.builder = ObservationBuilder(contract)
         self.freshness = self._new_freshness()
         self.inference_settings = settings.inference_settings(values, contract)
-        self.commands = CommandPublisher(
-            node, contract, self.limiter.acceleration, values['trajectory.lead_s']
-        )
-        self.inputs = Inputs(node, contract, self.builder)
-        self.thread = InferenceThread()
+        self._undo: list[Callable[[], Any]] = []  # of what connect has built, newest last
+        self.commands: CommandPublisher
+        self.inputs: Inputs
+        self.thread: InferenceThread
         self.policy: Policy | None = None
         self.inference: Inference | None = None
         self.control: ControlThread | None = None
@@ -86,6 +85,22 @@ class Serving:
         self._virtual: np.ndarray | None = None  # dry run: where a perfect robot would be
 
     # configure -----------------------------------------------------------------------------
+
+    def connect(self, node: Node) -> None:
+        """Create publishers, subscriptions and the thread; end undoes also a part of it."""
+        self.commands = CommandPublisher(
+            node, self.contract, self.limiter, self.values['trajectory.lead_s']
+        )
+        self._undo.append(self.commands.destroy)
+        self.inputs = Inputs(node, self.contract, self.builder)
+        self._undo.append(self.inputs.destroy)
+        self.thread = InferenceThread()
+        self._undo.append(lambda: self.thread.close(timeout_s=1.0))
+
+    def listen(self) -> None:
+        """Hear the inputs within a transition."""
+        if len(self._undo) > 1:
+            self.inputs.listen()
 
     def load_policy(self, wait: Wait) -> None:
         """Make the policy and warm it up in the inference thread; hears a request to stop."""
@@ -134,6 +149,10 @@ class Serving:
     def begin(self, wait: Wait) -> None:
         """Wait for fresh inputs and a controller, then tick; nothing moves before enable."""
         self.refuse_stuck()
+        # Before the inputs: a collection of all that torch has made takes 0.1 s and more, in which
+        # they would grow old. Frozen, it never happens while the control thread ticks.
+        gc.collect()
+        gc.freeze()
         timeout_s = self.values['freshness.wait_s']
         self.builder.clear()
         self.freshness = self._new_freshness()
@@ -144,9 +163,9 @@ class Serving:
             )
         if self.needs_controller and not wait(self.controller_listens, timeout_s):
             raise ValueError(self.no_controller())
-        gc.collect()
-        gc.freeze()  # a collection of all that torch has made would hold the control tick up
-        self.control = ControlThread(self.tick, self.contract.controller.rate_hz)
+        self.control = ControlThread(
+            self.tick, self.contract.controller.rate_hz, self.values['control_priority']
+        )
         self.control.start()
 
     def enable(self) -> None:
@@ -156,6 +175,7 @@ class Serving:
             raise ValueError('the node is not active; activate it first')
         if self.needs_controller and not self.controller_listens():
             raise ValueError(self.no_controller())
+        self.inputs.listen()  # what waits behind this very call must not look late
         problems = self.problems()
         if problems:
             raise ValueError('cannot start: ' + '; '.join(problems))
@@ -214,7 +234,13 @@ class Serving:
         if hung:
             guard.stop('inference_timeout', hung)
         now_ns = self.clock.now_ns()
-        setpoint = guard.tick(self.player.sample(now_ns), self._measured(), faults)
+        sample = self.player.sample(now_ns)
+        running_s = inference.running_s(self.clock.steady_ns())
+        if sample is not None and sample.exhausted and running_s:
+            guard.stop(
+                'exhausted', f'the plan ran out while the inference had run for {running_s:.2f} s'
+            )
+        setpoint = guard.tick(sample, self._measured(), faults)
         self._moving = setpoint is not None and (
             float(np.abs(setpoint.velocities).max()) > MOVING_SPEED
         )
@@ -243,6 +269,7 @@ class Serving:
 
     def halt(self) -> None:
         """Bring the arm to rest within its limits, then stop ticking."""
+        gc.unfreeze()
         if self.control is None:
             return
         self.guard.stop('deactivated', 'the node was deactivated')
@@ -254,16 +281,15 @@ class Serving:
         self.control = None
         if self.inference is not None:
             self.inference.cancel()
-        gc.unfreeze()
 
     def end(self) -> bool:
         """Give everything back; False when the inference thread hangs and was left behind."""
         self.halt()
-        self.inputs.destroy()
-        self.commands.destroy()
         self.policy = None
         self.inference = None
-        ended = self.thread.close(timeout_s=1.0)
+        ended = True
+        while self._undo:
+            ended = self._undo.pop()() is not False and ended
         gc.collect()
         return ended
 

@@ -68,4 +68,4 @@ def _tick(serving: Serving) -> dict[str, Any]:
     if control is None:
         return {}
     late = {f'late_{key}': value for key, value in milliseconds(control.lateness()).items()}
-    return {'ticks': control.ticks, 'missed': control.missed, **late}
+    return {'ticks': control.ticks, 'missed': control.missed, 'realtime': control.realtime, **late}

@@ -84,6 +84,13 @@ class HoldPolicy:
 # name -> 'module:class', imported when asked for and made with (contract, settings)
 POLICIES: dict[str, str] = {
     'hold': 'quantvla_ros.policies.base:HoldPolicy',
+    'constant_time': 'quantvla_ros.bench.ros_policy:ConstantTime',  # for `quantvla bench ros`
+    'pi05': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'pi0': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'groot_n15': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'smolvla': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'openvla': 'quantvla_ros.policies.openvla_policy:OpenVlaPolicy',
+    'openvla_oft': 'quantvla_ros.policies.openvla_policy:OpenVlaPolicy',
     'libero_panda': 'quantvla_ros.policies.libero_panda:LiberoVla',
 }
 

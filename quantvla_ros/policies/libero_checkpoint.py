@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from quantvla_ros.policies.libero_vla import LiberoVlaNet, VlaConfig
@@ -161,15 +161,14 @@ def read_checkpoint(folder: Path) -> tuple[Checkpoint, LiberoVlaNet]:
             f'{path} is missing. The weights belong to the package; restore the file, or train '
             'them with `quantvla train`.'
         )
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
+    digest = hash_file(path)
     if digest != checkpoint.sha256:
         raise CheckpointError(
             f'{path} is not the file that {SETTINGS} describes: its sha256 is {digest}, expected '
             f'{checkpoint.sha256}. Restore both files from the same place.'
         )
     try:
-        weights = load(data)
+        weights = load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f'{path} is not a safetensors file: {error}') from error
     with torch.device('meta'):
@@ -178,8 +177,17 @@ def read_checkpoint(folder: Path) -> tuple[Checkpoint, LiberoVlaNet]:
     if problems:
         raise CheckpointError(f'{path} does not fit the architecture:\n  ' + '\n  '.join(problems))
     net = LiberoVlaNet(checkpoint.config)
-    net.load_state_dict({name: value.float() for name, value in weights.items()})
+    net.load_state_dict(weights)  # copies each weight into its float32 place
     return checkpoint, net.eval().requires_grad_(False)
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file without holding it in memory."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def weight_problems(expected: Mapping[str, Tensor], found: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ POLICIES.setdefault('sweep', 'fault_policies:SweepPolicy')
 CALM = {
     'guard.max_tick_gap_s': 2.0, 'guard.hold_s': 0.2, 'guard.start_ramp_s': 0.2,
     'guard.start_speed': 0.5, 'freshness.clock_jump_s': 0.5, 'freshness.wait_s': 20.0,
-    'guard.estop_cooldown_s': 0.05, 'inference.timeout_s': 2.0,
+    'guard.estop_cooldown_s': 0.05, 'inference.timeout_s': 1.0,
 }
 
 
@@ -92,15 +92,20 @@ def make_contract(folder, kind):
 
 
 @pytest.fixture
-def contract_path(tmp_path):
-    return make_contract(tmp_path, 'forward_command')
+def contract_path(tmp_path, controller_kind):
+    return make_contract(tmp_path, controller_kind)
 
 
 @pytest.fixture
-def robot(graph):
+def controller_kind():
+    return 'forward_command'
+
+
+@pytest.fixture
+def robot(graph, controller_kind):
     SweepPolicy.mode = 'good'
     SweepPolicy.released.clear()
-    made = Robot().start()
+    made = Robot(controller_kind).start()
     yield made
     made.stop()
 
@@ -145,5 +150,5 @@ def moving(shared):
         assert answer.success, answer.message
     chunks = len(robot.chunks)
     robot.wait(lambda: len(robot.chunks) > chunks, 'a chunk')
-    robot.wait(lambda: robot.statuses[-1]['state'] == 'running', 'running')
+    robot.wait(lambda: robot.status['state'] == 'running', 'running')
     return robot, served

@@ -9,6 +9,7 @@ import array
 import json
 import threading
 import time
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +37,7 @@ instruction: {topic: instruction, default: sweep}
 cameras:
   front: {topic: front/image, width: 8, height: 6, max_age_s: 0.6, max_silence_s: 0.6}
 joints: {topic: joint_states, names: [shoulder, elbow], max_age_s: 0.6, max_silence_s: 0.6}
-action: {kind: absolute, joints: [shoulder, elbow], horizon: 20, execute: 5, rate_hz: 10.0}
+action: {kind: absolute, joints: [shoulder, elbow], horizon: 20, execute: 3, rate_hz: 10.0}
 controller: {kind: KIND, topic: arm/commands, joints: [elbow, shoulder], rate_hz: 100.0}
 """
 
@@ -109,11 +110,16 @@ class Robot:
         subscription, self.controller = self.controller, None
         self.node.destroy_subscription(subscription)
 
+    @property
+    def status(self):
+        """The newest ~/status; every key is None before the first."""
+        return self.statuses[-1] if self.statuses else defaultdict(lambda: None)
+
     def wait(self, ready, what=''):
         """Wait until something that was heard makes ready() true."""
         with self.changed:
             done = self.changed.wait_for(ready, PATIENCE_S)
-        assert done, f'never: {what}; last status {self.statuses[-1:]}'
+        assert done, f'never: {what}; last status {dict(self.status)}'
 
     def call(self, name, on=True):
         """Call a service and return its answer."""
@@ -135,6 +141,9 @@ class Robot:
         if isinstance(message, Float64MultiArray):
             elbow, shoulder = message.data
             self.positions.update(elbow=elbow, shoulder=shoulder)
+        else:
+            self.positions.update(
+                zip(message.joint_names, message.points[0].positions, strict=True))
         self._keep(self.commands, message)
 
     def _spin(self):

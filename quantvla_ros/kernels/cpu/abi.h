@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C interface of every kernel library, and the only header that native.py mirrors.
+// Pointers are checked by the caller once, at load or when a buffer is made; sizes are checked here.
+#pragma once
+#include <cstdint>
+
+#define QV_API extern "C" __attribute__((visibility("default")))
+
+enum qv_kind : int32_t { QV_LINEAR = 0, QV_ATTENTION = 1 };
+enum qv_dtype : int32_t { QV_F32 = 0, QV_BF16 = 1, QV_F16 = 2 };
+enum qv_activation : int32_t { QV_NONE = 0, QV_SILU = 1, QV_GELU_TANH = 2 };
+enum qv_status : int32_t { QV_OK = 0, QV_MEMORY = 1, QV_SIZE = 2, QV_SHAPE = 3 };
+
+struct qv_layer;
+
+// One operation. A program is an array of them, run in order with one wake-up of the threads.
+struct qv_call {
+  int32_t kind;   // qv_kind
+  int32_t dtype;  // of x, y and residual; attention is float32 only
+  const qv_layer* layer;
+  int64_t rows;     // tokens; for attention: queries of one batch entry
+  const void* x;    // (rows, K), rows `ldx` elements apart; attention: queries
+  int64_t ldx;
+  void* y;  // (rows, N), rows `ldy` elements apart
+  int64_t ldy;
+  const void* residual;  // (rows, N) with the row distance of y, or null; may be y itself
+  const float* gate;     // (N) or null
+  const float* norm_multiply;  // (K) or null; read only when norm_eps > 0
+  const float* norm_add;       // (K) or null
+  float norm_eps;              // > 0: RMS norm of x before anything else
+  float act_scale;             // 0: one dynamic scale per token
+  // attention
+  const float* k;  // (keys, kv_heads * head_dim), rows ldk apart
+  const float* v;
+  int64_t ldk, ldv, keys;
+  const float* cos;  // (positions, head_dim / 2) or null: rotate queries and keys
+  const float* sin;
+  int32_t batch, heads, kv_heads, head_dim;
+  float scale;
+};
+
+// A layer is made in steps: new, one part per width, finish; which = 0 main, 1 up (gated MLP).
+QV_API qv_layer* qv_layer_new(int64_t n, int64_t k, int32_t act_bits, int32_t hadamard,
+                              int32_t activation);
+QV_API int32_t qv_layer_part(qv_layer* layer, int32_t which, int32_t bits, int64_t rows,
+                             int64_t group, const void* data, const float* scales);
+QV_API int32_t qv_layer_finish(qv_layer* layer, int32_t which, const int64_t* order,
+                               const float* bias);
+QV_API int64_t qv_layer_bytes(const qv_layer* layer);
+QV_API void qv_layer_free(qv_layer* layer);
+
+QV_API int32_t qv_run(const qv_call* calls, int64_t count);
+// The plain case of qv_run without filling a structure: contiguous x and y, no norm.
+QV_API int32_t qv_linear(const qv_layer* layer, int64_t rows, const void* x, void* y,
+                         int32_t dtype, float act_scale, const float* gate, const void* residual);
+
+QV_API int32_t qv_set_threads(int32_t count);
+QV_API int32_t qv_threads();
+QV_API const char* qv_name();
+// Integer operations per second that this path's multiply-accumulate reaches in registers, best of
+// several short runs on the calling thread.
+QV_API double qv_peak();

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+// One token on its way in: to float, RMS norm, block Hadamard, integers, sums per group.
+// The rounding rules are those of reference.py and agree with it bit for bit.
+#pragma once
+#include "layer.h"
+
+namespace {
+
+constexpr float TINY = 7.888609052210118e-31f;  // 2^-100: below this a token counts as zero
+
+struct Token {
+  const qv_call* call;
+  const qv_layer* layer;
+  int64_t depth;    // K padded to DEPTH_STEP
+  float* floats;    // (depth) scratch of this thread, or the row kept for 16-bit parts
+  int8_t* q;        // (depth) out
+  int32_t* sums;    // (groups) out: minus the sum of the integers
+  float* scale;     // out
+};
+
+inline const float* as_floats(const qv_call& call, int64_t row, int64_t k, float* scratch) {
+  const int64_t at = row * call.ldx;
+  if (call.dtype == QV_F32) return static_cast<const float*>(call.x) + at;
+  const uint16_t* x = static_cast<const uint16_t*>(call.x) + at;
+  if (call.dtype == QV_BF16)
+    for (int64_t i = 0; i < k; ++i) scratch[i] = from_bf16(x[i]);
+  else
+    for (int64_t i = 0; i < k; ++i) scratch[i] = from_f16(x[i]);
+  return scratch;
+}
+
+inline void rms_norm(const qv_call& call, int64_t k, const float* x, float* y) {
+  Floats total{};
+  int64_t i = 0;
+  for (; i + VL <= k; i += VL) total += load(x + i) * load(x + i);
+  float mean = sum(total);
+  for (; i < k; ++i) mean += x[i] * x[i];
+  const float inverse = 1.0f / __builtin_sqrtf(mean / static_cast<float>(k) + call.norm_eps);
+  const float* multiply = call.norm_multiply;
+  const float* add = call.norm_add;
+  for (i = 0; i < k; ++i) y[i] = x[i] * inverse;
+  if (multiply)
+    for (i = 0; i < k; ++i) y[i] *= multiply[i];
+  if (add)
+    for (i = 0; i < k; ++i) y[i] += add[i];
+}
+
+template <int STRIDE>
+inline Floats butterfly(Floats v) {
+  Ints mask;
+  Floats sign;
+  for (int i = 0; i < VL; ++i) {
+    mask[i] = i ^ STRIDE;
+    sign[i] = i & STRIDE ? -1.0f : 1.0f;
+  }
+#if defined(__clang__)
+  Floats other;
+  for (int i = 0; i < VL; ++i) other[i] = v[i ^ STRIDE];
+#else
+  const Floats other = __builtin_shuffle(v, mask);
+#endif
+  return other + sign * v;  // a + b where the bit is clear, a - b where it is set
+}
+
+// Blocks of 64, butterflies from stride 1 upward, then the exact factor 1/8.
+inline void hadamard64(const float* x, float* y, int64_t k) {
+  constexpr int REGISTERS = 64 / VL;
+  for (int64_t at = 0; at < k; at += 64) {
+    Floats v[REGISTERS];
+    for (int r = 0; r < REGISTERS; ++r) {
+      v[r] = butterfly<2>(butterfly<1>(load(x + at + r * VL)));
+#if defined(__AVX512F__) || defined(__AVX2__)
+      v[r] = butterfly<4>(v[r]);
+#endif
+#if defined(__AVX512F__)
+      v[r] = butterfly<8>(v[r]);
+#endif
+    }
+    for (int stride = 1; stride < REGISTERS; stride *= 2)
+      for (int r = 0; r < REGISTERS; ++r)
+        if (!(r & stride)) {
+          const Floats a = v[r], b = v[r + stride];
+          v[r] = a + b;
+          v[r + stride] = a - b;
+        }
+    for (int r = 0; r < REGISTERS; ++r) store(y + at + r * VL, v[r] * splat(0.125f));
+  }
+}
+
+// Bits of max |x|. As integers, NaN > infinity > every finite value, so that none is lost.
+inline int32_t magnitude_bits(const float* x, int64_t k) {
+  Ints top{};
+  const Ints mask = Ints{} + 0x7fffffff;
+  int64_t i = 0;
+  for (; i + VL <= k; i += VL) {
+    const Ints bits = bits_of(load(x + i)) & mask;
+    top = bits > top ? bits : top;
+  }
+  int32_t best = 0;
+  for (int j = 0; j < VL; ++j) best = top[j] > best ? top[j] : best;
+  for (; i < k; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    bits &= 0x7fffffff;
+    best = bits > best ? bits : best;
+  }
+  return best;
+}
+
+// Round k floats to integers in [-top, top] and return their sum.
+template <class Isa>
+inline int32_t round_group(const float* x, int8_t* q, int64_t k, float inverse, float top) {
+  int64_t i = 0;
+  int32_t total = Isa::round_chunk(x, q, k, inverse, top, &i);
+  for (; i < k; ++i) {
+    float v = x[i] * inverse;
+    v = v > top ? top : v < -top ? -top : v;
+    const float shifted = v + 12582912.0f;  // 1.5 * 2^23: the adder rounds half to even
+    int32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits -= 0x4b400000;
+    q[i] = static_cast<int8_t>(bits);
+    total += bits;
+  }
+  return total;
+}
+
+template <class Isa>
+void quantize_token(const Token& token, int64_t row) {
+  const qv_call& call = *token.call;
+  const qv_layer& layer = *token.layer;
+  const int64_t k = layer.k;
+  const float* x = as_floats(call, row, k, token.floats);
+  if (call.norm_eps > 0.0f) {
+    rms_norm(call, k, x, token.floats);
+    x = token.floats;
+  }
+  if (layer.hadamard) {
+    hadamard64(x, token.floats, k);
+    x = token.floats;
+  }
+  if (layer.wide && x != token.floats) std::memcpy(token.floats, x, static_cast<size_t>(k) * 4);
+
+  const int32_t bits = magnitude_bits(x, k);
+  float amax;
+  std::memcpy(&amax, &bits, 4);
+  const float top = layer.act_bits == 4 ? 7.0f : 127.0f;
+  float inverse, scale;
+  if (bits >= 0x7f800000) {
+    std::memset(token.q, 0, static_cast<size_t>(token.depth));
+    std::memset(token.sums, 0, static_cast<size_t>(layer.groups) * 4);
+    *token.scale = __builtin_nanf("");
+    return;
+  }
+  if (call.act_scale != 0.0f) {
+    scale = call.act_scale;
+    inverse = 1.0f / scale;
+  } else {
+    scale = amax < TINY ? 1.0f : amax / top;
+    inverse = amax < TINY ? 0.0f : top / amax;
+  }
+  *token.scale = scale;
+  const int64_t length = k / layer.groups;
+  for (int64_t g = 0; g < layer.groups; ++g)
+    token.sums[g] = -round_group<Isa>(x + g * length, token.q + g * length, length, inverse, top);
+  if (token.depth > k) std::memset(token.q + k, 0, static_cast<size_t>(token.depth - k));
+}
+
+}  // namespace

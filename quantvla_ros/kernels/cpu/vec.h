@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// Float vectors as wide as the machine's, written once for all instruction sets with the
+// compiler's vector types. Everything is in an unnamed namespace: two libraries compiled with
+// different flags must never share a function.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * VL)));
+typedef int32_t Ints __attribute__((vector_size(4 * VL)));
+
+inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+inline Floats splat(float value) { return value - Floats{}; }
+inline Ints bits_of(Floats v) { return reinterpret_cast<Ints>(v); }
+inline Floats floats_of(Ints v) { return reinterpret_cast<Floats>(v); }
+inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float sum(Floats v) {
+  float total = 0;
+  for (int i = 0; i < VL; ++i) total += v[i];
+  return total;
+}
+inline float largest(Floats v) {
+  float top = v[0];
+  for (int i = 1; i < VL; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// e^x to about 1e-7 relative; the argument is clamped to where float32 stays normal. NaN stays NaN.
+inline Floats exponential(Floats x) {
+  const Floats magic = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+  Floats limited = x > splat(88.0f) ? splat(88.0f) : x;
+  limited = limited < splat(-87.0f) ? splat(-87.0f) : limited;
+  const Floats shifted = limited * splat(1.44269504088896341f) + magic;
+  const Floats n = shifted - magic;
+  const Floats r = (limited - n * splat(0.693359375f)) - n * splat(-2.12194440e-4f);
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * r * r + r + splat(1.0f);
+  const Ints power = (bits_of(shifted) - bits_of(magic) + 127) << 23;
+  return p * floats_of(power);
+}
+
+inline Floats silu(Floats x) { return x / (splat(1.0f) + exponential(-x)); }
+inline Floats gelu_tanh(Floats x) {
+  const Floats cubic = x + splat(0.044715f) * x * x * x;
+  return x / (splat(1.0f) + exponential(splat(-1.5957691216057308f) * cubic));
+}
+
+// 16-bit floats by their bits, so that no compiler support and no instruction set is assumed.
+inline float from_bf16(uint16_t half) {
+  const uint32_t wide = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+inline uint16_t to_bf16(float value) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, 4);
+  if ((wide & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;  // NaN: rounding could make it infinite
+  return static_cast<uint16_t>((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+}
+inline float from_f16(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t magnitude = half & 0x7fffu;
+  uint32_t wide = magnitude << 13;
+  if (magnitude >= 0x7c00u) {
+    wide += 0x70000000u;  // infinity and NaN
+  } else if (magnitude >= 0x0400u) {
+    wide += 0x38000000u;
+  } else {
+    const float small = static_cast<float>(magnitude) * 5.9604644775390625e-8f;  // 2^-24
+    std::memcpy(&wide, &small, 4);
+  }
+  wide |= sign;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+inline uint16_t to_f16(float value) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, 4);
+  const uint16_t sign = static_cast<uint16_t>((wide >> 16) & 0x8000u);
+  wide &= 0x7fffffffu;
+  if (wide > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (wide >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
+  if (wide < 0x38800000u) {  // subnormal: let the float adder round at 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &wide, 4);
+    magnitude += 0.5f;
+    std::memcpy(&wide, &magnitude, 4);
+    return static_cast<uint16_t>(sign | (wide - 0x3f000000u));
+  }
+  const uint32_t odd = (wide >> 13) & 1u;
+  return static_cast<uint16_t>(sign | ((wide - 0x38000000u + 0xfffu + odd) >> 13));
+}
+
+}  // namespace

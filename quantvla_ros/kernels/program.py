@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fixed sequence of layers and attentions on fixed buffers, run by one call.
+
+Between fast layers the interpreter is what is left: a transformer block is eight calls, a
+denoising loop hundreds. A Program records them once and runs them in C++ with one wake-up of the
+threads. Generic: it knows linear layers (with a norm before and a gate and a residual after) and
+attention, no policy. Without a kernel library the same sequence runs on the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantvla_ros.kernels import dispatch, native, reference
+from quantvla_ros.kernels.layer import Layer, NativeLayer
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm of a layer's input, times `multiply`, plus `add` (float32 (K,) or None)."""
+
+    eps: float = 1e-6
+    multiply: Tensor | None = None
+    add: Tensor | None = None
+
+
+def _matrix(name: str, x: Tensor, columns: int) -> None:
+    if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != columns or x.stride(1) != 1:
+        raise ValueError(f'{name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()}; '
+                         f'expected float32 (rows, {columns}) with columns side by side')
+
+
+def _vector(name: str, x: Tensor | None, length: int) -> None:
+    if x is not None and (x.dtype != torch.float32 or tuple(x.shape) != (length,)
+                          or not x.is_contiguous()):
+        raise ValueError(f'{name} is {x.dtype} {tuple(x.shape)}; expected float32 ({length},)')
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class Program:
+    """Record with linear() and attention(), then run() as often as wanted.
+
+    All tensors are float32 on the CPU and are kept alive; their contents may change between runs,
+    their place may not. One thread at a time may run a program.
+    """
+
+    def __init__(self) -> None:
+        self._library = dispatch.library()
+        self._calls: list[native.Call] = []
+        self._steps: list[Callable[[], None]] = []
+        self._kept: list[object] = []
+        self._array: object = None
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def linear(
+        self,
+        layer: Layer,
+        x: Tensor,
+        y: Tensor,
+        *,
+        norm: Norm | None = None,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
+        act_scale: float | None = None,
+    ) -> None:
+        """Record y = residual + gate * layer(norm(x)); x (rows, K), y and residual (rows, N).
+
+        The residual may be y itself, or must have its strides. Rows may lie apart (a slice of the
+        columns of a larger matrix).
+        """
+        _matrix('x', x, layer.k)
+        _matrix('y', y, layer.n)
+        _vector('gate', gate, layer.n)
+        norm_is = norm or Norm(0.0)
+        _vector('norm.multiply', norm_is.multiply, layer.k)
+        _vector('norm.add', norm_is.add, layer.k)
+        if residual is not None:
+            _matrix('residual', residual, layer.n)
+            if residual.stride(0) != y.stride(0) and len(y) > 1:
+                raise ValueError('residual must have the row distance of y')
+        if x.shape[0] != y.shape[0] or (residual is not None and len(residual) != len(y)):
+            raise ValueError(f'x has {len(x)} rows and y {len(y)}; expected the same number')
+        self._kept += [layer, x, y, norm, gate, residual]
+        self._steps.append(lambda: self._reference(layer, x, y, norm, gate, residual, act_scale))
+        if isinstance(layer, NativeLayer):
+            self._calls.append(native.Call(
+                kind=0, dtype=0, layer=layer.handle, rows=len(x), x=x.data_ptr(),
+                ldx=x.stride(0), y=y.data_ptr(), ldy=y.stride(0), residual=_at(residual),
+                gate=_at(gate), norm_multiply=_at(norm_is.multiply), norm_add=_at(norm_is.add),
+                norm_eps=norm_is.eps, act_scale=act_scale or 0.0))
+
+    def _reference(
+        self, layer: Layer, x: Tensor, y: Tensor, norm: Norm | None, gate: Tensor | None,
+        residual: Tensor | None, act_scale: float | None,
+    ) -> None:
+        if norm is not None:
+            x = reference.normalize(x, norm.eps, norm.multiply, norm.add)
+        y.copy_(layer(x, gate=gate, residual=residual, act_scale=act_scale))
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        y: Tensor,
+        *,
+        heads: int,
+        kv_heads: int,
+        batch: int = 1,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Record y = softmax(q k^T / sqrt(dim)) v with grouped heads.
+
+        q, y      (batch * queries, heads * dim); dim a multiple of 32
+        k, v      (batch * keys, kv_heads * dim)
+        rotary    (cos, sin), each (positions, dim / 2): rotate queries and keys by their position
+        """
+        dim = q.shape[1] // heads
+        _matrix('q', q, heads * dim)
+        _matrix('y', y, heads * dim)
+        _matrix('k', k, kv_heads * dim)
+        _matrix('v', v, kv_heads * dim)
+        if dim % 32 or heads % kv_heads or len(q) % batch or len(k) % batch or len(v) != len(k):
+            raise ValueError(f'attention of {heads} heads on {kv_heads}, dim {dim}, {len(q)} '
+                             f'queries, {len(k)} keys, batch {batch}: expected dim a multiple of '
+                             '32 and even divisions')
+        if len(y) != len(q):
+            raise ValueError(f'y has {len(y)} rows; expected those of q, {len(q)}')
+        cos, sin = rotary or (None, None)
+        for name, table in (('cos', cos), ('sin', sin)):
+            if table is not None:
+                _matrix(name, table, dim // 2)
+                if len(table) < max(len(q), len(k)) // batch or not table.is_contiguous():
+                    raise ValueError(f'{name} has {len(table)} positions; expected one for each '
+                                     'query and key, contiguous')
+
+        def step() -> None:
+            out = reference.attention(
+                q.reshape(batch, -1, heads, dim), k.reshape(batch, -1, kv_heads, dim),
+                v.reshape(batch, -1, kv_heads, dim), cos, sin)
+            y.copy_(out.reshape(len(q), -1))
+
+        self._steps.append(step)
+        self._kept += [q, k, v, y, rotary]
+        self._calls.append(native.Call(
+            kind=1, dtype=0, rows=len(q) // batch, x=q.data_ptr(), ldx=q.stride(0),
+            y=y.data_ptr(), ldy=y.stride(0), k=k.data_ptr(), v=v.data_ptr(), ldk=k.stride(0),
+            ldv=v.stride(0), keys=len(k) // batch, cos=_at(cos), sin=_at(sin), batch=batch,
+            heads=heads, kv_heads=kv_heads, head_dim=dim, scale=dim**-0.5))
+
+    def run(self) -> None:
+        """Run everything that was recorded, in order."""
+        if self._library is None or len(self._calls) != len(self._steps):
+            for step in self._steps:
+                step()
+            return
+        if self._array is None:
+            self._array = (native.Call * len(self._calls))(*self._calls)
+        native.check(self._library.qv_run(self._array, len(self._calls)))

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A published flow-matching checkpoint as a Policy: folder and contract in, chunks out.
+
+Reads the folder, drops what no action needs, keeps a table of the fixed denoising times, and runs
+the shared flow loop. Deterministic: a chunk depends on observation, seed and prefix alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantvla_ros.action import ActionChunk
+from quantvla_ros.contract import Contract
+from quantvla_ros.observation import Observation
+from quantvla_ros.policies import flow, rtc, savings
+from quantvla_ros.policies.agreement import read_agreement
+from quantvla_ros.policies.base import PolicySettings
+from quantvla_ros.policies.door import Door
+from quantvla_ros.policies.embedding import HostEmbedding, Int8Embedding
+from quantvla_ros.policies.folders import Served, identify
+from quantvla_ros.quant.artifact import JSON_NAME, read_artifact
+from quantvla_ros.quant.linear import QuantizedLayer, denoising_step, replace_linears
+
+DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16}
+# family -> 'module:function' that reads a folder of it
+OPENERS = {
+    'pi05': 'quantvla_ros.policies.pi_folder:open_pi',
+    'pi0': 'quantvla_ros.policies.pi_folder:open_pi',
+    'groot_n15': 'quantvla_ros.policies.groot_folder:open_groot',
+    'smolvla': 'quantvla_ros.policies.smolvla_folder:open_smolvla',
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One encoded observation: the network's context, and what the chunk starts from."""
+
+    context: Any
+    measured: np.ndarray  # (joints,) SI, in the contract's order
+    stamp_ns: int
+
+
+def opener(family: str) -> Callable[..., Served]:
+    """Return the function that reads folders of a family."""
+    module, _, name = OPENERS[family].partition(':')
+    return getattr(importlib.import_module(module), name)
+
+
+def quantized_layers(model: Path, precision: str) -> Mapping[str, QuantizedLayer]:
+    """Layers of the artifact beside a checkpoint; none for a float precision.
+
+    Raises ValueError that lists the precisions there are.
+    """
+    if precision in DTYPES:
+        return {}
+    folder = model / precision
+    if not (folder / JSON_NAME).is_file():
+        beside = sorted(path.parent.name for path in model.glob(f'*/{JSON_NAME}'))
+        raise ValueError(
+            f'precision {precision!r} is not one of {", ".join([*DTYPES, *beside])}; '
+            f'quantize the checkpoint into {folder} first'
+        )
+    return read_artifact(folder).layers
+
+
+class FlowPolicy:
+    """A policy from a folder that users have. Raises ValueError when anything does not fit."""
+
+    def __init__(self, contract: Contract, settings: PolicySettings) -> None:
+        if not settings.model:
+            raise ValueError('model is empty; name the folder of a checkpoint')
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        agreement = read_agreement(contract)
+        folder = identify(Path(settings.model).expanduser())
+        if folder.family not in OPENERS:
+            raise ValueError(
+                f'{folder.path} is {folder.family}, which does not denoise a chunk; '
+                'set policy to the family of the folder'
+            )
+        layers = quantized_layers(folder.path, settings.precision)
+        self.dtype = DTYPES.get(settings.precision, DTYPES['float'])
+        served = opener(folder.family)(
+            folder, agreement, settings, self.dtype, frozenset(layers)
+        )
+        replace_linears(served.model, layers)
+        self._start(contract, settings, served, Door(
+            contract, agreement, served.slots, served.state, served.action))
+
+    def _start(
+        self, contract: Contract, settings: PolicySettings, served: Served, door: Door
+    ) -> None:
+        self.contract, self.served, self.door = contract, served, door
+        self.model = served.model
+        self.device = torch.device(settings.device)
+        self.steps = served.steps
+        self.conditions = savings.condition_table(self.model, self.steps)
+        self.savings = savings.drop_unused(self.model, self.steps)
+        # a prompt reads a few rows of a large table: off the accelerator, or small where the
+        # rest is small
+        if self.device.type != 'cpu':
+            self.model.embedding = HostEmbedding(self.model.embedding)
+        elif settings.precision not in DTYPES:
+            self.model.embedding = Int8Embedding(self.model.embedding)
+
+    @torch.inference_mode()
+    def prepare(self, observation: Observation) -> Prepared:
+        """Encode one observation. Raises ValueError where it does not fit the contract."""
+        measured = self.door.measured(observation)
+        state = self.door.state(measured)
+        frames = self.door.images(observation, self.served.image)
+        words = self.served.words(observation.instruction, state)
+        padded = np.zeros(self.served.state_width, np.float32)
+        padded[: len(state)] = state[: self.served.state_width]
+        context = self.model.prefix(
+            (frames.to(self.device).float() / 255.0 * 2.0 - 1.0).to(self.dtype),
+            torch.tensor(words, device=self.device),
+            torch.from_numpy(padded).to(self.device, self.dtype),
+        )
+        return Prepared(context, measured, observation.stamp_ns)
+
+    @torch.inference_mode()
+    def denoise(
+        self, context: Prepared, seed: int, prefix: ActionChunk | None = None
+    ) -> ActionChunk:
+        """Return the chunk that starts at the observation's stamp."""
+        start = torch.from_numpy(flow.noise(seed, (1, *self.served.chunk))).to(self.device)
+        sign = -1.0 if self.model.NOISE_TIME == 1.0 else 1.0
+
+        def velocity(x: Tensor, step: int) -> Tensor:
+            with denoising_step(step):
+                v = self.model.velocity(context.context, x.to(self.dtype), self.conditions[step])
+            return sign * v.float()
+
+        guidance = None if prefix is None else self._guidance(context, prefix)
+        chunk = flow.denoise(velocity, start, self.steps, guidance)[0]
+        return self.door.chunk(chunk.cpu().numpy(), context.measured, context.stamp_ns)
+
+    def reset(self) -> None:
+        """Hold nothing of an episode, so forget nothing."""
+
+    def _guidance(self, context: Prepared, prefix: ActionChunk) -> flow.PrefixGuidance | None:
+        horizon, width = self.served.chunk
+
+        def to_model(targets: np.ndarray) -> np.ndarray:
+            padded = np.zeros((horizon, width), np.float32)
+            own = self.door.normalise(targets, context.measured)
+            padded[:, : own.shape[1]] = own
+            return padded
+
+        return rtc.prefix_guidance(
+            prefix, context.stamp_ns, self.contract.action, horizon, to_model,
+            device=str(self.device),
+        )

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized model on disk: safetensors and JSON, written whole or not at all, read with proof.
+
+Owns the format. Refuses, each with a sentence: a truncated file, a wrong hash, unknown or missing
+layers and tensors, wrong shapes and dtypes, scales that are not finite, and an artifact that was
+made for another checkpoint. Holds no float weight of a layer that it quantizes.
+
+    <folder>/artifact.json        what it is, where it came from, scheme and tensors of each layer
+    <folder>/layers.safetensors   '<layer>/<part>' -> tensor
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantvla_ros.kernels.weights import LAYOUT, MixedWeight, PackedWeight
+from quantvla_ros.quant.linear import QuantizedLayer
+from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, PerTensor, Scheme
+from quantvla_ros.quant.sites import PolicySites
+from quantvla_ros.quant.transforms import from_tensors
+
+FORMAT = 1
+JSON_NAME, TENSOR_NAME = 'artifact.json', 'layers.safetensors'
+TRANSFORM = 'transform.'
+GRANULARITIES = {kind.__name__: kind for kind in (PerTensor, PerRow, PerGroup, PerStep)}
+
+
+class ArtifactError(ValueError):
+    """An artifact that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an artifact came from.
+
+    checkpoint: sha256 of the float weights. frames: hash of the calibration frames, '' for none.
+    settings: the recipe's fields. measured: figures seen while making it (peak bytes, seconds).
+    """
+
+    checkpoint: str
+    recipe: str
+    precision: str
+    frames: str = ''
+    seed: int = 0
+    version: str = ''
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What was read: layers by name and where they came from."""
+
+    layers: Mapping[str, QuantizedLayer]
+    provenance: Provenance
+    sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all quantized layers."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file without holding it in memory."""
+    digest = hashlib.sha256()
+    with path.open('rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _granularity(value: Any) -> dict[str, Any]:
+    return {'kind': type(value).__name__, **asdict(value)}
+
+
+def _parts(weight: PackedWeight, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f'{prefix}data': weight.data, f'{prefix}scales': weight.scales}
+    return tensors, {'bits': weight.bits, 'shape': list(weight.shape), 'group': weight.group}
+
+
+def _describe(layer: QuantizedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a layer into tensors and the JSON that tells how to read them."""
+    scheme, transform = layer.scheme, layer.transform
+    tensors: dict[str, Tensor] = {}
+    if isinstance(layer.weight, MixedWeight):
+        parts = []
+        for index, part in enumerate(layer.weight.parts):
+            found, about = _parts(part, f'part{index}.')
+            tensors.update(found)
+            parts.append(about)
+        tensors['order'] = layer.weight.order
+    else:
+        found, about = _parts(layer.weight, 'part0.')
+        tensors.update(found)
+        parts = [about]
+    optional = {'bias': layer.bias, 'act_scales': layer.act_scales, 'fold': layer.fold}
+    tensors.update({TRANSFORM + name: t for name, t in transform.tensors().items()})
+    tensors.update({name: tensor for name, tensor in optional.items() if tensor is not None})
+    about_layer = {
+        'weight_bits': scheme.weight_bits,
+        'act_bits': scheme.act_bits,
+        'weight': _granularity(scheme.weight),
+        'act': _granularity(scheme.act),
+        'hadamards': transform.hadamards(),
+        'parts': parts,
+        'tensors': sorted(tensors),
+    }
+    return tensors, about_layer
+
+
+def write_artifact(
+    folder: Path, layers: Mapping[str, QuantizedLayer], provenance: Provenance
+) -> str:
+    """Write an artifact and return its hash; an interruption leaves nothing half-written.
+
+    The same layers and provenance give the same bytes. An existing artifact is replaced at once.
+    """
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for name in sorted(layers):
+        parts, about[name] = _describe(layers[name])
+        tensors.update({f'{name}/{part}': t.contiguous() for part, t in parts.items()})
+    scratch = folder.with_name(f'.{folder.name}.{os.getpid()}')
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        save_file(tensors, scratch / TENSOR_NAME)
+        sha256 = sha256_of(scratch / TENSOR_NAME)
+        document = {
+            'format': FORMAT,
+            'layout': LAYOUT,
+            'sha256': sha256,
+            'provenance': asdict(provenance),
+            'layers': about,
+        }
+        text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
+        (scratch / JSON_NAME).write_text(text + '\n')
+        _swap(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return sha256
+
+
+def _swap(scratch: Path, folder: Path) -> None:
+    """Put scratch in the place of folder; what stood there goes away after the new one stands."""
+    old = folder.with_name(f'.{folder.name}.old.{os.getpid()}')
+    if folder.exists():
+        folder.rename(old)
+    scratch.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _scheme(about: Mapping[str, Any]) -> Scheme:
+    def granularity(value: Mapping[str, Any]) -> Any:
+        fields = {key: item for key, item in value.items() if key != 'kind'}
+        return GRANULARITIES[value['kind']](**fields)
+
+    return Scheme(
+        about['weight_bits'],
+        about['act_bits'],
+        granularity(about['weight']),
+        granularity(about['act']),
+    )
+
+
+def _layer(name: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantizedLayer:
+    """Rebuild one layer; raises ArtifactError that names it."""
+    expected, seen = set(about['tensors']), set(tensors)
+    if expected != seen:
+        raise ArtifactError(
+            f'layer {name!r}: missing {sorted(expected - seen)}, unknown {sorted(seen - expected)}'
+        )
+    for part, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f'layer {name!r}: {part} holds values that are not finite')
+    try:
+        parts = tuple(
+            PackedWeight(
+                part['bits'],
+                (part['shape'][0], part['shape'][1]),
+                part['group'],
+                tensors[f'part{index}.data'],
+                tensors[f'part{index}.scales'],
+            )
+            for index, part in enumerate(about['parts'])
+        )
+        order = tensors.get('order')
+        return QuantizedLayer(
+            scheme=_scheme(about),
+            weight=parts[0] if order is None else MixedWeight(parts, order),
+            bias=tensors.get('bias'),
+            transform=from_tensors(
+                {
+                    part.removeprefix(TRANSFORM): tensor
+                    for part, tensor in tensors.items()
+                    if part.startswith(TRANSFORM)
+                },
+                about['hadamards'],
+            ),
+            act_scales=tensors.get('act_scales'),
+            fold=tensors.get('fold'),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f'layer {name!r}: {error}') from error
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    path = folder / JSON_NAME
+    if not path.is_file():
+        raise ArtifactError(f'{folder} holds no {JSON_NAME}: it is not an artifact')
+    try:
+        document = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f'{path} is damaged: {error}') from error
+    if not isinstance(document, dict) or document.get('format') != FORMAT:
+        seen = document.get('format') if isinstance(document, dict) else document
+        raise ArtifactError(f'{path} has format {seen!r}; this version reads {FORMAT}')
+    return document
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """Read where an artifact came from without reading its tensors."""
+    return Provenance(**_document(folder)['provenance'])
+
+
+def read_artifact(
+    folder: Path, checkpoint: str | None = None, sites: PolicySites | None = None
+) -> Artifact:
+    """Read and verify an artifact.
+
+    checkpoint: sha256 of the float weights it must belong to. sites: the linears it may name.
+    Raises ArtifactError with a sentence.
+    """
+    document = _document(folder)
+    provenance = Provenance(**document['provenance'])
+    if checkpoint is not None and provenance.checkpoint != checkpoint:
+        raise ArtifactError(
+            f'{folder} was made for checkpoint {provenance.checkpoint[:12]}, the model is '
+            f'{checkpoint[:12]}; quantize this model again'
+        )
+    path = folder / TENSOR_NAME
+    if not path.is_file():
+        raise ArtifactError(f'{folder} lacks {TENSOR_NAME}; copy the artifact again')
+    sha256 = sha256_of(path)
+    if sha256 != document['sha256']:
+        raise ArtifactError(
+            f'{path} has hash {sha256[:12]}, expected {document["sha256"][:12]}: it is truncated '
+            'or was changed; copy the artifact again'
+        )
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f'{path} is damaged: {error}') from error
+    return Artifact(_layers(document['layers'], tensors, sites), provenance, sha256)
+
+
+def _layers(
+    about: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: PolicySites | None
+) -> dict[str, QuantizedLayer]:
+    by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in about}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition('/')
+        if name not in by_layer:
+            raise ArtifactError(f'tensor {key!r} belongs to no layer of the artifact')
+        by_layer[name][part] = tensor
+    layers = {name: _layer(name, about[name], parts) for name, parts in by_layer.items()}
+    for name, layer in layers.items() if sites is not None else ():
+        assert sites is not None
+        site = sites.linear(name)
+        shape = (site.out_features, site.in_features)
+        if layer.weight.shape != shape:
+            raise ArtifactError(
+                f'layer {name!r} has shape {layer.weight.shape}, the policy {shape}'
+            )
+    return layers

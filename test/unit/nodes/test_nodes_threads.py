@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inference thread, when a chunk is due, and the control thread; clocks moved by hand."""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from quantvla_ros.action import NS_PER_S, ActionChunk
+from quantvla_ros.control.clock import ManualClock
+from quantvla_ros.decode import DecodeError
+from quantvla_ros.nodes.control_thread import ControlThread
+from quantvla_ros.nodes.inference import Inference, InferenceSettings, InferenceThread
+from quantvla_ros.nodes.signals import StopRequest
+
+PATIENCE_S = 30.0
+
+
+class Script:
+    """A policy, builder, guard and player in one: it does what the test says and keeps notes."""
+
+    def __init__(self):
+        self.clock = ManualClock(now_ns=10 * NS_PER_S)
+        self.raises = None
+        self.refusal = self.late = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.stops, self.merged, self.seeds, self.resets, self.prefixes = [], [], [], 0, []
+        self.refusals = []
+        self.plan = object()
+
+    def build(self):
+        return SimpleNamespace(stamp_ns=self.clock.now_ns(), spread_ns=lambda: 0)
+
+    def prepare(self, observation):
+        self.gate.wait(PATIENCE_S)
+        if self.raises is not None:
+            raise self.raises
+        return observation
+
+    def denoise(self, context, seed, prefix=None):
+        self.seeds.append(seed)
+        self.prefixes.append(prefix)
+        return ActionChunk(('a',), np.zeros((16, 1)), context.stamp_ns, 0.05)
+
+    def reset(self):
+        self.resets += 1
+
+    def stop(self, kind, sentence):
+        self.stops.append((kind, sentence))
+
+    def admit(self, chunk):
+        return self.refusal
+
+    def refused(self, kind, sentence):
+        self.refusals.append((kind, sentence))
+
+    def merge(self, chunk, now_ns, prefixed=False):
+        if self.late is None:
+            self.merged.append((chunk, prefixed))
+        return self.late
+
+    def sample(self, now_ns):
+        return self.plan
+
+    def remaining(self, start_ns):
+        return f'plan from {start_ns}'
+
+
+@pytest.fixture
+def thread():
+    made = InferenceThread()
+    yield made
+    assert made.close(PATIENCE_S)
+
+
+@pytest.fixture
+def script():
+    return Script()
+
+
+def make(thread, script, **changes):
+    settings = InferenceSettings(execute=8, step_dt_s=0.05, margin_s=0.1, seed=7, **changes)
+    return Inference(thread, script, script, script, script, script.clock, settings)
+
+
+def settle(thread):
+    """Wait until everything handed to the thread is done."""
+    assert thread.submit(lambda: None).done.wait(PATIENCE_S)
+
+
+def test_next_chunk_is_due_early_enough_to_be_ready_when_the_executed_part_ends(thread, script):
+    inference = make(thread, script)
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    script.clock.advance(0.25)
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    assert len(script.merged) == 1, 'too early'
+    script.clock.advance(0.06)  # 8 steps of 0.05 s less the margin of 0.1 s have passed
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    assert len(script.merged) == 2
+
+
+def test_slower_speed_makes_a_chunk_last_longer(thread, script):
+    inference = make(thread, script)
+    inference.speed_scale = lambda: 0.5
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    script.clock.advance(0.6)
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    assert len(script.merged) == 1
+    script.clock.advance(0.15)
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    assert len(script.merged) == 2
+
+
+def test_poke_never_starts_a_second_inference_beside_the_first(thread, script):
+    script.gate.clear()
+    inference = make(thread, script)
+    for _ in range(5):
+        inference.poke(script.clock.now_ns())
+    assert not inference.idle()
+    script.gate.set()
+    settle(thread)
+    assert len(script.merged) == 1
+
+
+def test_running_inference_is_overdue_after_its_timeout_on_the_steady_clock(thread, script):
+    script.gate.clear()
+    inference = make(thread, script, timeout_s=2.0)
+    inference.poke(script.clock.now_ns())
+    submitted = inference._pending.submitted_ns
+    assert inference.overdue(submitted + 2 * NS_PER_S) is None
+    assert 'has run for 2.50 s; inference.timeout_s allows 2 s' in inference.overdue(
+        submitted + 5 * NS_PER_S // 2)
+    script.gate.set()
+    settle(thread)
+    assert inference.overdue(submitted + 99 * NS_PER_S) is None
+
+
+@pytest.mark.parametrize(('error', 'kind', 'words'), [
+    (RuntimeError('fire'), 'policy_raised', 'RuntimeError: fire'),
+    (ValueError('unknown word'), 'policy_refused', 'unknown word'),
+    (DecodeError('size', "camera 'x': size is 1x1"), 'size', 'size is 1x1'),
+])
+def test_what_a_policy_raises_stops_with_its_cause(thread, script, error, kind, words):
+    script.raises = error
+    inference = make(thread, script)
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    (found, sentence), = script.stops
+    assert found == kind
+    assert words in sentence
+
+
+def test_chunk_of_an_episode_that_is_over_is_thrown_away(thread, script):
+    script.gate.clear()
+    inference = make(thread, script)
+    inference.poke(script.clock.now_ns())
+    inference.cancel()
+    script.gate.set()
+    settle(thread)
+    assert script.merged == []
+    assert inference.latency.figures().count == 0
+
+
+def test_error_of_an_episode_that_is_over_stops_nothing(thread, script):
+    script.gate.clear()
+    script.raises = RuntimeError('late')
+    inference = make(thread, script)
+    inference.poke(script.clock.now_ns())
+    inference.new_episode()
+    script.gate.set()
+    settle(thread)
+    assert script.stops == []
+
+
+def test_policy_is_reset_at_each_episode_and_seeds_count_up(thread, script):
+    inference = make(thread, script)
+    for _ in range(2):
+        inference.new_episode()
+        inference.poke(script.clock.now_ns())
+        settle(thread)
+    assert script.resets == 2
+    assert script.seeds == [7, 8]
+
+
+def test_refused_chunk_is_counted_told_and_tried_again_at_once(thread, script):
+    inference = make(thread, script)
+    told = []
+    inference.on_trouble = told.append
+    script.refusal = 'chunk holds nan'
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    script.refusal = None
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    assert (inference.refused, inference.chunks) == (1, 1)
+    assert told == ['chunk refused: chunk holds nan']
+
+
+@pytest.mark.parametrize('running', [True, False])
+def test_first_chunk_holds_from_now_on_and_later_ones_from_their_observation(
+    thread, script, running
+):
+    script.plan = object() if running else None
+    script.gate.clear()
+    inference = make(thread, script)
+    inference.poke(script.clock.now_ns())
+    while thread._jobs.qsize():
+        pass
+    seen = threading.Event()
+    inference.on_chunk = lambda chunk: seen.set()
+    observed_ns = script.clock.now_ns()
+    script.build = lambda: SimpleNamespace(stamp_ns=observed_ns, spread_ns=lambda: 0)
+    script.clock.advance(1.5)
+    script.gate.set()
+    assert seen.wait(PATIENCE_S)
+    stamp_ns = script.merged[0][0].stamp_ns
+    assert stamp_ns in ((observed_ns, observed_ns + 1) if running else (script.clock.now_ns(),))
+
+
+def test_late_chunk_is_noted_with_the_guard(thread, script):
+    inference = make(thread, script)
+    script.late = 'chunk is late'
+    inference.poke(script.clock.now_ns())
+    settle(thread)
+    assert script.refusals == [('not_merged', 'chunk is late')]
+
+
+def test_prefix_goes_to_the_policy_and_the_merge_only_when_asked_for(thread, script):
+    for prefix in (False, True):
+        inference = make(thread, script, prefix=prefix)
+        inference.poke(script.clock.now_ns())
+        settle(thread)
+    assert script.prefixes == [None, f'plan from {10 * NS_PER_S}']
+    assert [prefixed for _, prefixed in script.merged] == [False, True]
+
+
+def test_stuck_thread_is_left_behind():
+    gate, thread = threading.Event(), InferenceThread()
+    thread.submit(lambda: gate.wait(PATIENCE_S))
+    assert not thread.close(0.01)
+    gate.set()
+    assert thread.close(PATIENCE_S)
+
+
+def test_job_hands_its_error_to_whoever_waits(thread):
+    def work():
+        raise KeyError('x')
+
+    job = thread.submit(work)
+    assert job.done.wait(PATIENCE_S)
+    with pytest.raises(KeyError):
+        job.value()
+
+
+# the control thread --------------------------------------------------------------------------
+
+
+def test_control_thread_ticks_until_it_is_stopped():
+    enough = threading.Event()
+    control = ControlThread(lambda: enough.set() if control.ticks > 5 else None, 1000.0)
+    control.start()
+    assert enough.wait(PATIENCE_S)
+    assert control.stop()
+    ticks = control.ticks
+    assert not control._thread.is_alive()
+    assert control.ticks == ticks
+    assert control.lateness().count >= ticks
+
+
+def test_exception_in_a_tick_ends_the_thread_and_is_kept():
+    def tick():
+        raise RuntimeError('a bug')
+
+    control = ControlThread(tick, 1000.0)
+    control.start()
+    control._thread.join(PATIENCE_S)
+    assert 'RuntimeError: a bug' in control.error
+
+
+def test_missed_ticks_are_counted_and_not_made_up():
+    calls, gate, done = [], threading.Event(), threading.Event()
+
+    def tick():
+        calls.append(1)
+        if len(calls) == 1:
+            gate.wait(PATIENCE_S)
+        elif control.missed:
+            done.set()
+
+    control = ControlThread(tick, 100.0)
+    control.start()
+    threading.Timer(0.1, gate.set).start()
+    assert done.wait(PATIENCE_S)
+    control.stop()
+    assert control.missed >= 8
+    assert len(calls) <= 3 + control.ticks - 1
+
+
+def test_stop_request_is_set_once_and_stays():
+    request = StopRequest()
+    assert not request
+    request.set()
+    request.set()
+    assert request
