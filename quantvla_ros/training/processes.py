@@ -19,7 +19,7 @@ PROGRESS_S = 10.0
 
 def gpu_count() -> int:
     """How many NVIDIA GPUs this machine shows; rendering is spread over them."""
-    return len([name for name in os.listdir('/dev') if name[:6] == 'nvidia' and name[6:].isdigit()])
+    return sum(name.startswith('nvidia') and name[6:].isdigit() for name in os.listdir('/dev'))
 
 
 def run_jobs(

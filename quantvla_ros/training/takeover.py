@@ -116,7 +116,8 @@ def _work(
     connection: Connection, share: Sequence[tuple[Task, int]], folder: str, seed: int,
     max_texture: int, until: float,
 ) -> None:
-    worlds, samplers = Worlds(max_texture), {}
+    worlds = Worlds(max_texture)
+    samplers: dict[Task, StartSampler] = {}
     for task, number in share:
         if time.time() > until:
             break

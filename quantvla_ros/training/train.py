@@ -17,7 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -132,9 +131,7 @@ def run_takeover(args: argparse.Namespace) -> None:
     cores = _processes(args)[0]
     size = -(-len(mine) // cores)
     shares = [mine[i : i + size] for i in range(0, len(mine), size)]
-    rng = np.random.default_rng(args.seed)
     for share in shares:
-        rng.shuffle(share)  # type: ignore[arg-type]
         share.sort(key=lambda item: item[0])
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     found = gather(shares, str(args.model), args.work / args.data, args.seed, device,
