@@ -66,6 +66,10 @@ def _inputs(case: ParityCase) -> tuple[list[np.ndarray], np.ndarray]:
 def make_public(name: str, folder: Path) -> Any:
     """Build, randomize and save the public model of a case."""
     family, _, form = name.rpartition('_')
+    if family == 'smolvla':
+        from quantvla_ros.bench.public_smolvla import PublicSmolVla
+
+        return PublicSmolVla(folder, 0)
     if family in ('pi05', 'pi0'):
         from quantvla_ros.bench.public_pi import PublicPi
 

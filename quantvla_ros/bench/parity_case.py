@@ -78,4 +78,5 @@ CASES: dict[str, ParityCase] = {
     'pi0_lerobot': ParityCase('pi0', 10, 28, {'cameras': PI_SLOTS}),
     'groot_n15_isaac': ParityCase('groot_n15', 16, 28, GROOT_PARTS),
     'groot_n15_lerobot': ParityCase('groot_n15', 16, 28, {}),
+    'smolvla_lerobot': ParityCase('smolvla', 10, 64, {'cameras': PI_SLOTS}),
 }

@@ -18,14 +18,14 @@ VOCABULARY = 300
 CAMERAS = ('base_0_rgb', 'left_wrist_0_rgb', 'right_wrist_0_rgb')
 
 
-class PublicPi:
+class PublicLerobot:
     """One random policy of lerobot, its processors, and the folder it was saved to."""
 
-    def __init__(self, family: str, folder: Path, seed: int, width: int = 32) -> None:
-        self.family, self.folder, self.seed = family, folder, seed
+    def __init__(self, policy: Any, folder: Path, seed: int) -> None:
+        self.folder, self.seed = folder, seed
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = small_tokenizer(folder, VOCABULARY)
-        self.policy = _build(family, width)
+        self.policy = policy
         randomize(self.policy, seed)
         self.names = {n: tuple(p.shape) for n, p in self.policy.named_parameters()}
         self.policy.eval()
@@ -62,6 +62,13 @@ class PublicPi:
         with torch.no_grad():
             actions = self.policy.predict_action_chunk(self.before(batch))
         return self.after(actions)[0].numpy()
+
+
+class PublicPi(PublicLerobot):
+    """pi0 or pi0.5."""
+
+    def __init__(self, family: str, folder: Path, seed: int, width: int = 32) -> None:
+        super().__init__(_build(family, width), folder, seed)
 
 
 def _build(family: str, width: int) -> Any:

@@ -87,6 +87,9 @@ POLICIES: dict[str, str] = {
     'pi05': 'quantvla_ros.policies.runtime:FlowPolicy',
     'pi0': 'quantvla_ros.policies.runtime:FlowPolicy',
     'groot_n15': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'smolvla': 'quantvla_ros.policies.runtime:FlowPolicy',
+    'openvla': 'quantvla_ros.policies.openvla_policy:OpenVlaPolicy',
+    'openvla_oft': 'quantvla_ros.policies.openvla_policy:OpenVlaPolicy',
     'libero_panda': 'quantvla_ros.policies.libero_panda:LiberoVla',
 }
 

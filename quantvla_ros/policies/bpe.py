@@ -160,7 +160,9 @@ class BytePairs:
         rewrite: Sequence[Callable[[str], str]],
         cut: Sequence[Split],
         unknown: str | None,
+        head: Sequence[int] = (),
     ) -> None:
+        self.head = list(head)  # what the file itself puts before a text
         self._vocabulary, self._added = dict(vocabulary), dict(added)
         self._ranks = {pair: i for i, pair in enumerate(merges)}
         self._rewrite, self._cut, self._unknown = rewrite, cut, unknown
@@ -216,7 +218,9 @@ def read_json(path: Path) -> BytePairs:
     model = file['model']
     if model.get('type', 'BPE') != 'BPE':
         raise BpeError(f'{path} holds a {model["type"]} model; this reader knows BPE')
-    pairs: list[Any] = [tuple(m.split(' ', 1)) if isinstance(m, str) else tuple(m) for m in model['merges']]
+    pairs: list[Any] = [
+        tuple(m.split(' ', 1)) if isinstance(m, str) else tuple(m) for m in model['merges']
+    ]
     return BytePairs(
         model['vocab'],
         pairs,
@@ -224,7 +228,22 @@ def read_json(path: Path) -> BytePairs:
         normalizer(file.get('normalizer')),
         pre_tokenizer(file.get('pre_tokenizer')),
         model.get('unk_token'),
+        _head(file.get('post_processor')),
     )
+
+
+def _head(part: Mapping[str, Any] | None) -> list[int]:
+    """Marks that a template puts before a text."""
+    if part is None or part['type'] not in ('Sequence', 'TemplateProcessing'):
+        return []
+    if part['type'] == 'Sequence':
+        return [number for inner in part['processors'] for number in _head(inner)]
+    found: list[int] = []
+    for piece in part['single']:
+        if 'Sequence' in piece:
+            return found
+        found += part['special_tokens'][piece['SpecialToken']['id']]['ids']
+    return found
 
 
 def read_qwen(folder: Path) -> BytePairs:

@@ -18,20 +18,24 @@ from quantvla_ros.policies.groot_n15 import GrootConfig, GrootN15
 from quantvla_ros.policies.pi0 import Pi0, Pi0Config
 from quantvla_ros.policies.pi05 import Pi05, Pi05Config
 from quantvla_ros.policies.sites import policy_sites
+from quantvla_ros.policies.smolvla import SmolVla, SmolVlaConfig
 from quantvla_ros.quant.memory import Extras
 from quantvla_ros.quant.sites import PolicySites
 
 STEPS = {'pi05': 10, 'pi0': 10, 'groot_n15': 4, 'smolvla': 10}
-TOKENS = {'pi05': 968, 'pi0': 968, 'groot_n15': 560}  # a long prefix: 3 or 2 cameras, words
+# a long prefix: patches of two or three cameras, words
+TOKENS = {'pi05': 968, 'pi0': 968, 'groot_n15': 560, 'smolvla': 241}
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     'pi05': lambda: Pi05(Pi05Config()),
     'pi0': lambda: Pi0(Pi0Config()),
     'groot_n15': lambda: GrootN15(GrootConfig()),
+    'smolvla': lambda: SmolVla(SmolVlaConfig()),
 }
 # what a checkpoint stores and no network here builds: name -> parameters
 NEVER_BUILT: dict[str, dict[str, int]] = {
     'pi05': {'heads over words, unused': 257152 * (2048 + 1024)},
     'pi0': {'heads over words, unused': 257152 * (2048 + 1024)},
+    'smolvla': {'head over words, unused': 49280 * 960},
     'groot_n15': {
         'pooling head of the vision tower, unused': 15238352,
         'embodiments that are not this robot, 31 of 32': 31 * 9855008,
@@ -57,7 +61,7 @@ def cache_numbers(family: str, model: Any) -> int:
     tokens = TOKENS.get(family, 0)
     if family == 'groot_n15':
         return tokens * 2 * model.config.width * model.config.depth // 2
-    if family in ('pi05', 'pi0'):
+    if family in ('pi05', 'pi0', 'smolvla'):
         c = model.config.backbone
         return tokens * 2 * c.depth * c.kv_heads * c.head_width
     return 0

@@ -82,7 +82,7 @@ def open_pi(folder: Folder, agreement: Agreement, settings: PolicySettings,
     return Served(
         family=folder.family,
         model=model,
-        slots=_slots(config) if lerobot else OPENPI_SLOTS,
+        slots=slots(config) if lerobot else OPENPI_SLOTS,
         image=sizes.vision.image,
         state=state,
         action=action,
@@ -93,7 +93,8 @@ def open_pi(folder: Folder, agreement: Agreement, settings: PolicySettings,
     )
 
 
-def _slots(config: Any) -> tuple[str, ...]:
+def slots(config: Any) -> tuple[str, ...]:
+    """Cameras that a lerobot config declares, in its order."""
     return tuple(
         name.removeprefix(IMAGES)
         for name, feature in config.get('input_features', {}).items()

@@ -32,6 +32,7 @@ OPENERS = {
     'pi05': 'quantvla_ros.policies.pi_folder:open_pi',
     'pi0': 'quantvla_ros.policies.pi_folder:open_pi',
     'groot_n15': 'quantvla_ros.policies.groot_folder:open_groot',
+    'smolvla': 'quantvla_ros.policies.smolvla_folder:open_smolvla',
 }
 
 

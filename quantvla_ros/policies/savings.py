@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantvla_ros.policies.decoder import Decoder
 from quantvla_ros.policies.gemma import GemmaStack
 
 
@@ -34,7 +35,7 @@ def count(*modules: nn.Module | None) -> int:
     return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
 
-def drop_backbone_tail(stack: GemmaStack, tokens: int) -> Saving:
+def drop_backbone_tail(stack: GemmaStack | Decoder, tokens: int) -> Saving:
     """Drop what follows the keys and values of the last backbone layer: nothing reads it.
 
     tokens: length of a prefix, for the operations.
@@ -73,6 +74,6 @@ def drop_modulation(model: Any, steps: int) -> Saving:
 def drop_unused(model: Any, steps: int, tokens: int = 0) -> list[Saving]:
     """Drop everything that a served model of any family carries and does not need."""
     found = [drop_modulation(model, steps)]
-    if isinstance(getattr(model, 'backbone', None), GemmaStack):
+    if isinstance(getattr(model, 'backbone', None), GemmaStack) or hasattr(model, 'expert'):
         found.append(drop_backbone_tail(model.backbone, tokens))
     return [saving for saving in found if saving.parameters]

@@ -55,6 +55,7 @@ class SentencePieceModel:
     """A byte-pair SentencePiece model: encode(text) -> numbers, token(piece) -> number."""
 
     def __init__(self, path: Path) -> None:
+        self.head: list[int] = []  # such a file puts nothing before a text by itself
         self._numbers: dict[str, int] = {}
         self._scores: dict[str, float] = {}
         self._users: list[str] = []

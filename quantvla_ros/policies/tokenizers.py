@@ -36,7 +36,9 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer(Protocol):
-    """Text -> numbers. The families add their own marks around it."""
+    """Text -> numbers. head: marks that the file itself puts before a text."""
+
+    head: list[int]
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, without marks for its begin or end."""
