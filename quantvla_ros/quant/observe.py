@@ -25,7 +25,8 @@ class InputStatistics:
     absmax (k,): largest magnitude of each channel. gram (k, k) float64: X^T X of all tokens.
     mean_abs (k,): mean magnitude. sample: tokens spread over the calls, of one denoising step or
     of all (step None: layers outside the denoising loop). guide (k, k): X^T X in which a token
-    counts by what the action feels of it (quant/jacobian.py), where it was measured.
+    counts by what the action feels of it (quant/jacobian.py), where it was measured. first: tokens
+    of the first call alone.
     """
 
     k: int
@@ -35,6 +36,7 @@ class InputStatistics:
     gram: Tensor = field(init=False)
     kept: dict[int | None, list[Tensor]] = field(default_factory=dict)
     guide: Tensor | None = None
+    first: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.absmax = torch.zeros(self.k)
@@ -53,6 +55,8 @@ class InputStatistics:
         stride = max(1, len(x) // TOKENS_PER_CALL)
         kept = self.kept.setdefault(DENOISING_STEP.get(), [])
         kept.append(x[::stride][:TOKENS_PER_CALL].clone())
+        if self.first is None:
+            self.first = kept[0].clone()
         if sum(map(len, kept)) > 4 * SAMPLE_TOKENS:
             kept[:] = [spread(torch.cat(kept), SAMPLE_TOKENS)]
 
@@ -60,6 +64,7 @@ class InputStatistics:
         """Move everything; sums stay where the network runs until they are read."""
         self.absmax, self.magnitude = self.absmax.to(device), self.magnitude.to(device)
         self.gram = self.gram.to(device)
+        self.first = None if self.first is None else self.first.to(device)
         self.kept = {step: [t.to(device) for t in kept] for step, kept in self.kept.items()}
         return self
 
