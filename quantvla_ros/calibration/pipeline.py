@@ -14,7 +14,8 @@ from quantvla_ros.calibration.policy_runs import batches, chunks, losses
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.libero_panda import LiberoVla
 from quantvla_ros.policies.sites import libero_vla_sites
-from quantvla_ros.quant.convert import Progress, quantize_net
+from quantvla_ros.quant.convert import Known, Progress, ask, quantize_net
+from quantvla_ros.quant.layout import EVERYTHING
 from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear
 from quantvla_ros.quant.matching import Factors, fit_factors, fold
 from quantvla_ros.quant.recipes import Recipe
@@ -22,6 +23,26 @@ from quantvla_ros.quant.scheme import Scheme
 
 FELT_FRAMES = 24  # frames that tell what the action feels; each costs a backward pass
 MATCHING_BATCH = 4  # frames whose logits are held at once
+
+
+def ask_policy(policy: LiberoVla, observations: Sequence[Observation], seed: int = 0) -> Known:
+    """Learn from the float policy, once, what every recipe needs in one-pass mode."""
+    sites = libero_vla_sites(policy.net)
+    names = [site.name for site in sites.in_groups(EVERYTHING)]
+    return ask(
+        policy.net,
+        names,
+        lambda: _run(policy, observations, seed),
+        lambda: losses(policy, _felt(observations), seed=seed),
+    )
+
+
+def _felt(observations: Sequence[Observation]) -> Sequence[Observation]:
+    return observations[:: max(1, len(observations) // FELT_FRAMES)][:FELT_FRAMES]
+
+
+def _run(policy: LiberoVla, observations: Sequence[Observation], seed: int) -> None:
+    chunks(policy, observations, seed)
 
 
 @dataclass(frozen=True)
@@ -44,6 +65,7 @@ def quantize_policy(
     observations: Sequence[Observation],
     *,
     seed: int = 0,
+    known: Known | None = None,
     blockwise: bool = True,
     make: Make = QuantLinear,
     progress: Progress | None = None,
@@ -51,18 +73,14 @@ def quantize_policy(
     """Quantize a policy in place. Matching needs the float network too, and keeps a copy of it."""
     sites = libero_vla_sites(policy.net)
     teacher = copy.deepcopy(policy.net) if recipe.matching is not None else None
-    felt = observations[:: max(1, len(observations) // FELT_FRAMES)][:FELT_FRAMES]
-
-    def run() -> None:
-        chunks(policy, observations, seed)
-
     layers = quantize_net(
         policy.net,
         sites,
         recipe,
         precision,
-        run,
-        losses=lambda: losses(policy, felt, seed=seed),
+        lambda: _run(policy, observations, seed),
+        losses=lambda: losses(policy, _felt(observations), seed=seed),
+        known=known,
         blockwise=blockwise,
         make=make,
         progress=progress,

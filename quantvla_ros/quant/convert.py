@@ -8,8 +8,8 @@ statistics at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from quantvla_ros.quant.fit import Fit, clipped_scale, fit_transform, static_sca
 from quantvla_ros.quant.jacobian import Loss, row_errors, token_weights
 from quantvla_ros.quant.layout import Layout, lay_out, raise_inputs, sensitive_sites
 from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear, replace_linears
-from quantvla_ros.quant.mixed import assign_rows, at_width, pack_rows
+from quantvla_ros.quant.mixed import RowErrors, assign_rows, at_width, pack_rows
 from quantvla_ros.quant.observe import InputStatistics, Run, observe
 from quantvla_ros.quant.pack import packed, quantize
 from quantvla_ros.quant.recipes import Gptq, Nearest, QvlaBits, Recipe, Rounding
@@ -130,13 +130,46 @@ def block_order(sites: PolicySites, layout: Layout) -> Iterator[tuple[str, Seque
         yield '', left
 
 
-def _row_bits(
-    net: nn.Module, names: Sequence[str], rounding: QvlaBits, losses: Iterable[Loss], mean: float
-) -> dict[str, list[int]]:
-    """Assign QVLA's widths from the float network."""
-    errors = row_errors(net, names, losses, at_width, rounding.widths)
+@dataclass(frozen=True)
+class Known:
+    """What the float network tells once for many recipes, in one pass over the frames.
+
+    seen: inputs of each linear. guides, errors: as jacobian.token_weights and row_errors give.
+    """
+
+    seen: Mapping[str, InputStatistics]
+    guides: Mapping[str, Tensor]
+    errors: RowErrors
+
+
+def ask(net: nn.Module, names: Sequence[str], run: Run, losses: Losses) -> Known:
+    """Run the frames once and ask what the action feels, for all named linears."""
+    seen = {name: found.to('cpu') for name, found in observe(net, names, run).items()}
+    errors = row_errors(net, names, losses(), at_width, QvlaBits().widths)
+    return Known(seen, token_weights(net, names, losses()), errors)
+
+
+def _felt(
+    net: nn.Module,
+    names: Sequence[str],
+    recipe: Recipe,
+    precision: Scheme,
+    losses: Losses | None,
+    known: Known | None,
+) -> tuple[dict[str, list[int]], Mapping[str, Tensor]]:
+    """Return the widths of rows and the guides that a recipe asks for, by layer."""
+    if not recipe.needs_gradients:
+        return {}, {}
+    if losses is None and known is None:
+        raise ValueError(f'recipe {recipe.name!r} needs gradients of the action')
+    directions = losses() if losses is not None and known is None else ()
+    if not isinstance(recipe.rounding, QvlaBits):
+        return {}, known.guides if known else token_weights(net, names, directions)
+    widths = recipe.rounding.widths
+    errors = known.errors if known else row_errors(net, names, directions, at_width, widths)
     columns = {name: int(net.get_submodule(name).in_features) for name in names}  # type: ignore
-    return assign_rows(errors, columns, rounding.widths, mean)
+    own = {name: errors[name] for name in names}
+    return assign_rows(own, columns, widths, precision.weight_bits), {}
 
 
 def quantize_net(
@@ -147,6 +180,7 @@ def quantize_net(
     run: Run,
     *,
     losses: Losses | None = None,
+    known: Known | None = None,
     blockwise: bool = True,
     make: Make = QuantLinear,
     progress: Progress | None = None,
@@ -155,23 +189,16 @@ def quantize_net(
 
     blockwise: run the frames once for each block, so that a block is fitted to what the quantized
     blocks before it give, with one block's statistics in memory; else one run for all layers.
-    Raises ValueError when a layer never ran, or when a recipe needs losses and has none.
+    known: what ask() found, so that nothing is run. Raises ValueError when a layer never ran, or
+    when a recipe needs losses and has none.
     """
     layout = recipe_layout(recipe, sites, precision)
     order = list(block_order(sites, layout))
     names = [name for _, names in order for name in names]
-    if recipe.needs_gradients and losses is None:
-        raise ValueError(f'recipe {recipe.name!r} needs gradients of the action')
-    rows: dict[str, list[int]] = {}
-    guides: dict[str, Tensor] = {}
-    if recipe.needs_gradients and losses is not None:
-        if isinstance(recipe.rounding, QvlaBits):
-            rows = _row_bits(net, names, recipe.rounding, losses(), precision.weight_bits)
-        else:
-            guides = token_weights(net, names, losses())
+    rows, guides = _felt(net, names, recipe, precision, losses, known)
     done: dict[str, QuantizedLayer] = {}
-    for _, block in order if blockwise else [('', names)]:
-        seen = observe(net, block, run)
+    for _, block in order if blockwise and known is None else [('', names)]:
+        seen = dict(known.seen) if known else observe(net, block, run)
         silent = sorted(set(block) - set(seen))
         if silent:
             raise ValueError(
@@ -183,7 +210,7 @@ def quantize_net(
             linear = net.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             stats = seen.pop(name).to('cpu')
-            stats.guide = guides.pop(name, None)
+            stats.guide = guides.get(name)
             fresh[name] = quantize_linear(
                 recipe,
                 linear.weight.cpu(),

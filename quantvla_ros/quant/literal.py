@@ -7,7 +7,7 @@ y_o = sum_k s_k q_k w_ok. Here the sums are floats, as in the published codes. S
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -179,16 +179,20 @@ def put_literal(
     form: Literal,
     precision: Scheme,
     run: Run,
+    seen: Mapping[str, InputStatistics] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
-    """Replace the linears of a form's groups in place; calibrated on the float network."""
+    """Replace the linears of a form's groups in place; calibrated on the float network.
+
+    seen: statistics that were taken before, so that nothing is run.
+    """
     chosen = sites.in_groups(form.groups)
-    seen = observe(net, [site.name for site in chosen], run)
+    found = seen or observe(net, [site.name for site in chosen], run)
     fresh = {}
     for site in chosen:
         linear = net.get_submodule(site.name)
         assert isinstance(linear, nn.Linear)
-        stats = seen.pop(site.name).to('cpu')
+        stats = found[site.name].to('cpu')
         fresh[site.name] = LiteralLinear(form, linear, stats, precision, site.group in ACTION)
         if progress is not None:
             progress(site.name, len(fresh), len(chosen))
