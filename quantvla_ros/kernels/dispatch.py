@@ -80,7 +80,7 @@ def prepare(
 ) -> Layer:
     """Make a Layer: once, at load. See reference.linear for what it computes.
 
-    act_bits 8 or 4; hadamard 0 or 64; activation 'none', 'silu' or 'gelu_tanh' of the product;
+    act_bits 8, 4 or 3; hadamard 0 or 64; activation 'none', 'silu' or 'gelu_tanh' of the product;
     up: a second weight whose product multiplies the activated first one (gated MLP).
     Raises ValueError with a sentence for what no kernel serves.
     """

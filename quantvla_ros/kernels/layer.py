@@ -40,7 +40,7 @@ def check_layer(
     """Raise ValueError with a sentence for a layer that no kernel serves."""
     rows, columns = weight.shape
     if options.act_bits not in reference.TOP:
-        raise ValueError(f'act_bits is {options.act_bits}; expected one of 8, 4')
+        raise ValueError(f'act_bits is {options.act_bits}; expected one of 8, 4, 3')
     if options.hadamard not in (0, 64) or (options.hadamard and columns % options.hadamard):
         raise ValueError(f'hadamard is {options.hadamard} for K = {columns}; expected 0, or 64 '
                          'where K is a multiple of 64')

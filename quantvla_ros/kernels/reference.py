@@ -3,9 +3,9 @@
 
 Owns the rounding rules. A token is quantized as q = clamp(round_half_even(x * inverse)), with
 amax = max |x| of the token, inverse = top / amax and scale = amax / top in float32, top = 127
-(7 for 4 bits); with a static scale s, inverse = 1 / s. A token whose amax is below TINY counts as
-zero: q = 0, scale 1. A token that holds a NaN or an infinity gives NaN in all its outputs, other
-tokens are not touched.
+(7 for 4 bits, 3 for 3 bits); with a static scale s, inverse = 1 / s. A token whose amax is below
+TINY counts as zero: q = 0, scale 1. A token that holds a NaN or an infinity gives NaN in all its
+outputs, other tokens are not touched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantvla_ros.kernels.weights import MixedWeight, PackedWeight, Weight, unpack
 
-TOP = {8: 127.0, 4: 7.0}
+TOP = {8: 127.0, 4: 7.0, 3: 3.0}
 TINY = 2.0**-100
 ACTIVATIONS = {
     'none': lambda x: x,

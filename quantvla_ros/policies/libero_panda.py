@@ -22,7 +22,9 @@ from quantvla_ros.observation import Observation
 from quantvla_ros.policies import flow
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.libero_checkpoint import Checkpoint, read_checkpoint
+from quantvla_ros.policies.libero_quantized import read_quantized
 from quantvla_ros.policies.libero_vla import Context, LiberoVlaNet
+from quantvla_ros.quant.linear import denoising_step
 from quantvla_ros.resources import share_path
 
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16}
@@ -134,13 +136,11 @@ class LiberoVla:
     """The shipped policy. Deterministic: a chunk depends on observation, seed and prefix alone."""
 
     def __init__(self, contract: Contract, settings: PolicySettings) -> None:
-        if settings.precision not in DTYPES:
-            raise ValueError(
-                f'precision {settings.precision!r} is unknown to this policy; '
-                f'known are {", ".join(DTYPES)}'
-            )
         folder = Path(settings.model) if settings.model else share_path('models/libero_panda')
-        checkpoint, net = read_checkpoint(folder)
+        if settings.precision in DTYPES:
+            checkpoint, net = read_checkpoint(folder)
+        else:
+            checkpoint, net = read_quantized(folder, settings.precision, settings.device)
         self._start(contract, settings, checkpoint, net)
 
     @classmethod
@@ -193,9 +193,12 @@ class LiberoVla:
     def reset(self) -> None:
         """Hold nothing of an episode, so forget nothing."""
 
-    @torch.inference_mode()
-    def prepare_batch(self, observations: Sequence[Observation]) -> Prepared:
-        """Encode several observations at once."""
+    def encode(self, observations: Sequence[Observation]) -> tuple[Context, np.ndarray]:
+        """Return the network's context and the measured states, (batch, joints) SI.
+
+        Keeps gradients where they are asked for, so that calibration can ask what the action
+        feels; prepare_batch runs it without.
+        """
         states = np.stack([self.door.state(observation) for observation in observations])
         frames = torch.from_numpy(np.stack([self.door.images(o) for o in observations]))
         words = np.stack([self.door.vocabulary.encode(o.instruction) for o in observations])
@@ -205,6 +208,12 @@ class LiberoVla:
             torch.from_numpy(words).to(self.device),
             torch.from_numpy(self.door.normalize_state(states)).to(self.device, self.dtype),
         )
+        return context, states
+
+    @torch.inference_mode()
+    def prepare_batch(self, observations: Sequence[Observation]) -> Prepared:
+        """Encode several observations at once."""
+        context, states = self.encode(observations)
         return Prepared(context, states, tuple(o.stamp_ns for o in observations))
 
     @torch.inference_mode()
@@ -220,7 +229,8 @@ class LiberoVla:
 
         def velocity(x: Tensor, step: int) -> Tensor:
             modulation = self.modulation[step : step + 1]
-            return self.net.velocity(prepared.context, x.to(self.dtype), modulation).float()
+            with denoising_step(step):
+                return self.net.velocity(prepared.context, x.to(self.dtype), modulation).float()
 
         chunks = flow.denoise(velocity, start.to(self.device), self.steps, guidance)
         return [

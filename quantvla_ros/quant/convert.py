@@ -2,27 +2,34 @@
 """Quantize one linear layer, or a network block by block, as a recipe says.
 
 Owns the order of work: observe, transform, round, pack, replace. Runs no frames itself: `run`
-feeds them. Holds one block's statistics at a time.
+feeds them, and `losses` those of recipes that ask what the action feels. Holds one block's
+statistics at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from quantvla_ros.quant.fit import Fit, clipped_scale, fit_transform, static_scales
+from quantvla_ros.quant.jacobian import Loss, row_errors, token_weights
 from quantvla_ros.quant.layout import Layout, lay_out, raise_inputs, sensitive_sites
-from quantvla_ros.quant.linear import QuantizedLayer, replace_linears
+from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear, replace_linears
+from quantvla_ros.quant.mixed import RowErrors, assign_rows, at_width, pack_rows
 from quantvla_ros.quant.observe import InputStatistics, Run, observe
 from quantvla_ros.quant.pack import packed, quantize
-from quantvla_ros.quant.recipes import Gptq, Nearest, Recipe, Rounding
+from quantvla_ros.quant.recipes import Gptq, Nearest, QvlaBits, Recipe, Rounding
 from quantvla_ros.quant.rounding import Rounded, gptq, round_nearest
 from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, Scheme
+from quantvla_ros.quant.simulate import round_tokens
 from quantvla_ros.quant.sites import ACTION, PolicySites
 
 Progress = Callable[[str, int, int], None]  # layer, how many are done, how many there are
+Losses = Callable[[], Iterable[Loss]]  # random directions of the action, as jacobian.py wants them
+REFIT = (0.8, 1.25)  # a row's factor outside says that its sample was too small
 
 
 def recipe_layout(recipe: Recipe, sites: PolicySites, precision: Scheme) -> Layout:
@@ -50,14 +57,29 @@ def _round(
     if fit.clip is not None:
         scale = clipped_scale(weight, bits, granularity, fit.clip)
         return Rounded(quantize(weight, scale, bits, granularity), scale, granularity)
-    hessian = fit.transform.gram(seen.hessian)
     if isinstance(rounding, Gptq):
-        return gptq(
+        hessian = fit.transform.gram(seen.guided if rounding.guided else seen.hessian)
+        rounded = gptq(
             weight, hessian, bits, granularity, damp=rounding.damp, act_order=rounding.act_order
         )
+        return _refit(rounded, weight, fit, seen, scheme) if rounding.refit else rounded
     assert isinstance(rounding, Nearest)
+    hessian = fit.transform.gram(seen.hessian)
     importance = hessian.diagonal().float() if rounding.search else None
     return round_nearest(weight, bits, granularity, importance, search=rounding.search)
+
+
+def _refit(
+    rounded: Rounded, weight: Tensor, fit: Fit, seen: InputStatistics, scheme: Scheme
+) -> Rounded:
+    """Scale each row by <y, y_q> / <y_q, y_q> on the sample: least squares, at no cost later."""
+    z = fit.transform.activations(seen.sample())
+    zq = round_tokens(z, scheme.act_bits) if scheme.act_bits < 16 else z
+    y, yq = (z @ weight.T).double(), (zq @ rounded.dequantized().T).double()
+    power = (yq * yq).sum(0)
+    factor = torch.where(power > 0, (y * yq).sum(0) / power.clamp_min(1e-30), 1.0)
+    factor = factor.clamp(*REFIT).float()
+    return replace(rounded, scale=rounded.scale * factor[:, None])
 
 
 @torch.no_grad()
@@ -67,10 +89,18 @@ def quantize_linear(
     bias: Tensor | None,
     seen: InputStatistics,
     scheme: Scheme,
+    *,
     in_action_head: bool = False,
+    row_bits: Sequence[int] | None = None,
 ) -> QuantizedLayer:
-    """Quantize one layer: W (out, in), its bias and what was seen to enter it."""
+    """Quantize one layer: W (out, in), its bias and what was seen to enter it.
+
+    row_bits: the width of each output row, for recipes of mixed width.
+    """
     scheme = layer_scheme(recipe, scheme, seen)
+    if row_bits is not None:
+        kept = None if bias is None else bias.float()
+        return QuantizedLayer(scheme, pack_rows(weight, row_bits), kept)
     fit = fit_transform(recipe, weight, seen, scheme)
     rounding = recipe.rounding
     if in_action_head and recipe.action_rounding is not None:
@@ -100,6 +130,48 @@ def block_order(sites: PolicySites, layout: Layout) -> Iterator[tuple[str, Seque
         yield '', left
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the float network tells once for many recipes, in one pass over the frames.
+
+    seen: inputs of each linear. guides, errors: as jacobian.token_weights and row_errors give.
+    """
+
+    seen: Mapping[str, InputStatistics]
+    guides: Mapping[str, Tensor]
+    errors: RowErrors
+
+
+def ask(net: nn.Module, names: Sequence[str], run: Run, losses: Losses) -> Known:
+    """Run the frames once and ask what the action feels, for all named linears."""
+    seen = {name: found.to('cpu') for name, found in observe(net, names, run).items()}
+    errors = row_errors(net, names, losses(), at_width, QvlaBits().widths)
+    return Known(seen, token_weights(net, names, losses()), errors)
+
+
+def _felt(
+    net: nn.Module,
+    names: Sequence[str],
+    recipe: Recipe,
+    precision: Scheme,
+    losses: Losses | None,
+    known: Known | None,
+) -> tuple[dict[str, list[int]], Mapping[str, Tensor]]:
+    """Return the widths of rows and the guides that a recipe asks for, by layer."""
+    if not recipe.needs_gradients:
+        return {}, {}
+    if losses is None and known is None:
+        raise ValueError(f'recipe {recipe.name!r} needs gradients of the action')
+    directions = losses() if losses is not None and known is None else ()
+    if not isinstance(recipe.rounding, QvlaBits):
+        return {}, known.guides if known else token_weights(net, names, directions)
+    widths = recipe.rounding.widths
+    errors = known.errors if known else row_errors(net, names, directions, at_width, widths)
+    columns = {name: int(net.get_submodule(name).in_features) for name in names}  # type: ignore
+    own = {name: errors[name] for name in names}
+    return assign_rows(own, columns, widths, precision.weight_bits), {}
+
+
 def quantize_net(
     net: nn.Module,
     sites: PolicySites,
@@ -107,39 +179,51 @@ def quantize_net(
     precision: Scheme,
     run: Run,
     *,
+    losses: Losses | None = None,
+    known: Known | None = None,
     blockwise: bool = True,
+    make: Make = QuantLinear,
     progress: Progress | None = None,
 ) -> dict[str, QuantizedLayer]:
     """Quantize a network in place and return what is to be stored of each layer.
 
     blockwise: run the frames once for each block, so that a block is fitted to what the quantized
     blocks before it give, with one block's statistics in memory; else one run for all layers.
-    Raises ValueError when a layer never ran.
+    known: what ask() found, so that nothing is run. Raises ValueError when a layer never ran, or
+    when a recipe needs losses and has none.
     """
     layout = recipe_layout(recipe, sites, precision)
     order = list(block_order(sites, layout))
-    if not blockwise:
-        order = [('', [name for _, names in order for name in names])]
-    total = sum(len(names) for _, names in order)
+    names = [name for _, names in order for name in names]
+    rows, guides = _felt(net, names, recipe, precision, losses, known)
     done: dict[str, QuantizedLayer] = {}
-    for _, names in order:
-        seen = observe(net, names, run)
-        silent = sorted(set(names) - set(seen))
+    for _, block in order if blockwise and known is None else [('', names)]:
+        seen = dict(known.seen) if known else observe(net, block, run)
+        silent = sorted(set(block) - set(seen))
         if silent:
             raise ValueError(
                 f'the calibration frames never reached {", ".join(silent)}; '
                 'calibrate with frames that use every part of the policy'
             )
         fresh = {}
-        for name in names:
+        for name in block:
             linear = net.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            in_head = sites.linear(name).group in ACTION
+            stats = seen.pop(name).to('cpu')
+            stats.guide = guides.get(name)
             fresh[name] = quantize_linear(
-                recipe, linear.weight, linear.bias, seen.pop(name), layout[name], in_head
+                recipe,
+                linear.weight.cpu(),
+                None if linear.bias is None else linear.bias.cpu(),
+                stats,
+                layout[name],
+                in_action_head=sites.linear(name).group in ACTION,
+                row_bits=rows.get(name),
             )
             if progress is not None:
-                progress(name, len(done) + len(fresh), total)
-        replace_linears(net, fresh)
+                progress(name, len(done) + len(fresh), len(names))
+        device = next(iter(net.parameters())).device
+        replace_linears(net, fresh, make)
+        net.to(device)
         done.update(fresh)
     return done

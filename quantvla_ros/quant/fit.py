@@ -7,6 +7,7 @@ the steps before it made. Returns the transform and, where it was learned, a cli
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from quantvla_ros.quant.observe import InputStatistics
-from quantvla_ros.quant.pack import absmax_scale, dequantize, quantize
+from quantvla_ros.quant.pack import absmax_scale, dequantize, quantize, search_scale
 from quantvla_ros.quant.recipes import (
     AwqScale,
     Greedy,
     Hadamard,
     LearnedScale,
     Recipe,
+    Search,
     Smooth,
     Snake,
     Step,
@@ -30,6 +32,7 @@ from quantvla_ros.quant.recipes import (
 )
 from quantvla_ros.quant.rounding import layer_error
 from quantvla_ros.quant.scheme import Granularity, Scheme, qmax
+from quantvla_ros.quant.simulate import round_tokens
 from quantvla_ros.quant.transforms import (
     InputTransform,
     block_size,
@@ -70,12 +73,37 @@ def fit_transform(
     recipe: Recipe, weight: Tensor, seen: InputStatistics, scheme: Scheme
 ) -> Fit:
     """Build a recipe's transform for one layer."""
+    return _fit_steps(recipe.transform, weight, seen, scheme)
+
+
+def _fit_steps(
+    steps: Sequence[Step], weight: Tensor, seen: InputStatistics, scheme: Scheme
+) -> Fit:
     fit = Fit(InputTransform())
-    for step in recipe.transform:
-        frame = _Frame(fit.transform, weight, seen)
-        link, clip = _link(step, frame, scheme)
+    for step in steps:
+        if isinstance(step, Search):
+            options = [_fit_steps(option, weight, seen, scheme) for option in step.options]
+            errors = [trial_error(o.transform, weight, seen, scheme) for o in options]
+            link, clip = options[errors.index(min(errors))]
+        else:
+            link, clip = _link(step, _Frame(fit.transform, weight, seen), scheme)
         fit = Fit(append(fit.transform, link), fit.clip if clip is None else clip)
     return fit
+
+
+def trial_error(
+    transform: InputTransform, weight: Tensor, seen: InputStatistics, scheme: Scheme
+) -> float:
+    """Squared output error on the sample when weight and tokens are rounded to nearest."""
+    x, w = seen.sample(), weight.float()
+    z, v = transform.activations(x), transform.weight(w)
+    if scheme.act_bits < 16:
+        z = round_tokens(z, scheme.act_bits)
+    if scheme.weight_bits < 16:
+        scale = search_scale(v, scheme.weight_bits, scheme.weight, z.pow(2).mean(0))
+        codes = quantize(v, scale, scheme.weight_bits, scheme.weight)
+        v = dequantize(codes, scale, scheme.weight)
+    return float((z @ v.T - x @ w.T).double().pow(2).sum())
 
 
 class _Frame:
@@ -106,6 +134,7 @@ def _link(step: Step, frame: _Frame, scheme: Scheme) -> Fit:
         return Fit(InputTransform(permutation=perm))
     if isinstance(step, Hadamard):
         return Fit(InputTransform(hadamard=block_size(k, step.block)))
+    assert not isinstance(step, Search)
     block = block_size(k, step.block)
     if isinstance(step, Greedy):
         blocks = duquant_rotation(frame.sample, block, step.steps)[None]

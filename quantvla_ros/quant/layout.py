@@ -40,10 +40,11 @@ def raise_inputs(layout: Layout, names: Iterable[str], steps: int = 1) -> Layout
 def sensitive_sites(sites: PolicySites) -> tuple[str, ...]:
     """Names of the linears that close a residual branch: attention outputs and MLP downs.
 
-    An attention output is known from its attention site; a down projection is the linear of an
-    MLP group whose input is wider than its output.
+    An attention output is known from its attention site or its name; a down projection is the
+    linear of an MLP group whose input is wider than its output.
     """
     outputs = {site.o for site in sites.attentions}
+    outputs |= {site.name for site in sites.linears if site.name.endswith('.o_proj')}
     downs = {
         site.name
         for site in sites.linears

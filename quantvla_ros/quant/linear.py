@@ -7,7 +7,7 @@ quantizes, multiplies and rescales. Chooses no bits and fits no scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -81,7 +81,11 @@ class QuantizedLayer:
         if self.fold is None:
             return self.weight, self.bias
         assert isinstance(self.weight, PackedWeight)
-        weight = replace(self.weight, scales=self.weight.scales * self.fold[:, None])
+        if self.weight.bits == 16:  # not scaled: the rows themselves take the factor
+            rows = self.weight.data.float() * self.fold[:, None]
+            weight = replace(self.weight, data=rows.to(self.weight.data.dtype))
+        else:
+            weight = replace(self.weight, scales=self.weight.scales * self.fold[:, None])
         return weight, None if self.bias is None else self.bias * self.fold
 
     def float_weight(self) -> Tensor:
@@ -89,6 +93,21 @@ class QuantizedLayer:
         weight = dequantize(self.folded()[0])
         identity = torch.eye(weight.shape[1])
         return weight @ self.transform.activations(identity).T
+
+
+def static_scale(act_scales: Tensor | None) -> float | None:
+    """The static activation scale of the step that runs; None where each token has its own."""
+    if act_scales is None:
+        return None
+    if act_scales.numel() == 1:
+        return float(act_scales)
+    step = DENOISING_STEP.get()
+    if step is None or step >= act_scales.numel():
+        raise RuntimeError(
+            f'this layer has scales for {act_scales.numel()} denoising steps, and step '
+            f'{step} runs; quantize for the number of steps that is used'
+        )
+    return float(act_scales[step])
 
 
 class QuantLinear(nn.Module):
@@ -127,25 +146,12 @@ class QuantLinear(nn.Module):
         tensors = {name: self.get_buffer(name.replace('.', '_')) for name in self._names}
         return from_tensors(tensors, self._hadamards)
 
-    def _static_scale(self) -> float | None:
-        if self.act_scales is None:
-            return None
-        if self.act_scales.numel() == 1:
-            return float(self.act_scales)
-        step = DENOISING_STEP.get()
-        if step is None or step >= self.act_scales.numel():
-            raise RuntimeError(
-                f'this layer has scales for {self.act_scales.numel()} denoising steps, and step '
-                f'{step} runs; quantize for the number of steps that is used'
-            )
-        return float(self.act_scales[step])
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) float -> (..., out) in the dtype of x."""
         if not self._plain:
             x = self._transform().activations(x)
         if self.scheme.act_bits < 16:
-            return self._layer(x, act_scale=self._static_scale())
+            return self._layer(x, act_scale=static_scale(self.act_scales))
         bias = None if self._bias is None else self._bias.to(x.dtype)
         return F.linear(x, dequantize(self._weight).to(x.dtype), bias)
 
@@ -154,8 +160,15 @@ class QuantLinear(nn.Module):
         return f'in={self.in_features}, out={self.out_features}, {self.scheme.name}'
 
 
-def replace_linears(net: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
+Make = Callable[[QuantizedLayer], nn.Module]
+
+
+def replace_linears(
+    net: nn.Module, layers: Mapping[str, QuantizedLayer], make: Make = QuantLinear
+) -> None:
     """Put a QuantLinear in the place of each named linear; the float weights are let go.
+
+    make: another module for a stored layer, such as quant.simulate's.
 
     Raises ValueError when a name leads to no nn.Linear or the shapes differ.
     """
@@ -169,4 +182,4 @@ def replace_linears(net: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Non
                 f'the quantized layer {tuple(layer.weight.shape)}'
             )
         parent, _, child = name.rpartition('.')
-        setattr(net.get_submodule(parent), child, QuantLinear(layer))
+        setattr(net.get_submodule(parent), child, make(layer))

@@ -24,7 +24,9 @@ class InputStatistics:
 
     absmax (k,): largest magnitude of each channel. gram (k, k) float64: X^T X of all tokens.
     mean_abs (k,): mean magnitude. sample: tokens spread over the calls, of one denoising step or
-    of all (step None: layers outside the denoising loop).
+    of all (step None: layers outside the denoising loop). guide (k, k): X^T X in which a token
+    counts by what the action feels of it (quant/jacobian.py), where it was measured. first: tokens
+    of the first call alone.
     """
 
     k: int
@@ -33,6 +35,8 @@ class InputStatistics:
     magnitude: Tensor = field(init=False)
     gram: Tensor = field(init=False)
     kept: dict[int | None, list[Tensor]] = field(default_factory=dict)
+    guide: Tensor | None = None
+    first: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.absmax = torch.zeros(self.k)
@@ -42,6 +46,8 @@ class InputStatistics:
     def add(self, x: Tensor) -> None:
         """Add the tokens of one call; (..., k)."""
         x = x.detach().reshape(-1, self.k).float()
+        if x.device != self.gram.device:
+            self.to(x.device)
         self.tokens += len(x)
         self.absmax = torch.maximum(self.absmax, x.abs().amax(0))
         self.magnitude += x.abs().sum(0).double()
@@ -49,13 +55,33 @@ class InputStatistics:
         stride = max(1, len(x) // TOKENS_PER_CALL)
         kept = self.kept.setdefault(DENOISING_STEP.get(), [])
         kept.append(x[::stride][:TOKENS_PER_CALL].clone())
+        if self.first is None:
+            self.first = kept[0].clone()
         if sum(map(len, kept)) > 4 * SAMPLE_TOKENS:
             kept[:] = [spread(torch.cat(kept), SAMPLE_TOKENS)]
+
+    def to(self, device: torch.device | str) -> InputStatistics:
+        """Move everything; sums stay where the network runs until they are read."""
+        self.absmax, self.magnitude = self.absmax.to(device), self.magnitude.to(device)
+        self.gram = self.gram.to(device)
+        self.first = None if self.first is None else self.first.to(device)
+        self.kept = {step: [t.to(device) for t in kept] for step, kept in self.kept.items()}
+        return self
 
     @property
     def hessian(self) -> Tensor:
         """H = X^T X / tokens, (k, k) float64."""
         return self.gram / max(self.tokens, 1)
+
+    @property
+    def guided(self) -> Tensor:
+        """The Hessian and the guide in equal shares of their traces; (k, k) float64."""
+        h = self.hessian
+        trace = float(h.diagonal().sum())
+        felt = 0.0 if self.guide is None else float(self.guide.diagonal().sum())
+        if self.guide is None or felt <= 0:
+            return h
+        return 0.5 * h + 0.5 * self.guide * (trace / felt)
 
     @property
     def mean_abs(self) -> Tensor:

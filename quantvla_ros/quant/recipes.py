@@ -78,8 +78,15 @@ class Greedy:
     steps: int = 64
 
 
+@dataclass(frozen=True)
+class Search:
+    """The one of several transforms that changes the layer's output least when all is rounded."""
+
+    options: tuple[tuple[Step, ...], ...]
+
+
 Step = Union[  # noqa: UP007 (3.10 at run time)
-    Smooth, AwqScale, LearnedScale, Snake, TwoPointer, Hadamard, SvdHadamard, Svd, Greedy
+    Smooth, AwqScale, LearnedScale, Snake, TwoPointer, Hadamard, SvdHadamard, Svd, Greedy, Search
 ]
 
 
@@ -92,10 +99,16 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Gptq:
-    """GPTQ in the transformed frame; damp: share of the mean diagonal of H."""
+    """GPTQ in the transformed frame; damp: share of the mean diagonal of H.
+
+    guided: tokens count by what the action feels of them. refit: then scale each row by least
+    squares, so that its output is right for the rounded tokens.
+    """
 
     damp: float = 0.01
     act_order: bool = False
+    guided: bool = False
+    refit: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,19 @@ class QvlaBits:
 
     widths: tuple[int, ...] = (0, 2, 4, 8, 16)
     mean_bits: float = 4.0
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which of alpha and beta are fitted, how, and whether held-out frames must confirm them.
+
+    fit: 'ratio' of spreads as published, or 'least_squares'.
+    """
+
+    alpha: bool = True
+    beta: bool = True
+    fit: str = 'ratio'
+    check: bool = False
 
 
 Rounding = Union[Nearest, Gptq, QvlaBits]  # noqa: UP007
@@ -116,7 +142,7 @@ class Recipe:
     groups: what is quantized. transform: applied to each layer's input in this order. rounding
     of weights; action_rounding overrides it in the action head. act: granularity of activations.
     group: weights that share a scale, 0 for a scale per row. raise_sensitive: inputs of o and
-    down projections one width higher. matching: fit alpha and beta and keep what helps.
+    down projections one width higher. matching: fit alpha and beta of the action head.
     takes, differs: what comes from the paper, and what is done otherwise and why.
     """
 
@@ -131,7 +157,14 @@ class Recipe:
     act: Granularity = field(default_factory=PerRow)
     group: int = 0
     raise_sensitive: bool = False
-    matching: bool = False
+    matching: Matching | None = None
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration must know what the action feels."""
+        return isinstance(self.rounding, QvlaBits) or (
+            isinstance(self.rounding, Gptq) and self.rounding.guided
+        )
 
     @property
     def weight(self) -> Granularity:
@@ -195,7 +228,7 @@ _ALL = (
         groups=SELECTIVE,
         transform=(TwoPointer(), Svd()),
         rounding=Nearest(search=True),
-        matching=True,
+        matching=Matching(),
     ),
     Recipe(
         'qvla', 'QVLA (2602.03782)',
@@ -224,10 +257,21 @@ _ALL = (
         'onboard', 'this package',
         takes='Smoothing, one Hadamard of 64 fused with the quantization of each token, GPTQ '
         'with the Hessian of the transformed frame.',
-        differs='Everything is quantized, action attention and vision included; inputs of o and '
-        'down projections stay one width higher; nothing that cannot leave the integer sum.',
-        transform=(Smooth(0.5), Hadamard(64)),
-        rounding=Gptq(),
+        differs='Everything is quantized, action attention and vision included; each layer takes '
+        'the transform with the least output error when weight and tokens are rounded; tokens '
+        'count in GPTQ by what the action feels of them; rows are rescaled by least squares at '
+        'no cost; inputs of o and down projections stay one width higher; nothing that cannot '
+        'leave the integer sum.',
+        transform=(
+            Search((
+                (Hadamard(64),),
+                (Smooth(0.3), Hadamard(64)),
+                (Smooth(0.5), Hadamard(64)),
+                (Smooth(0.7), Hadamard(64)),
+                (Smooth(0.5),),
+            )),
+        ),
+        rounding=Gptq(guided=True, refit=True),
         raise_sensitive=True,
     ),
 )

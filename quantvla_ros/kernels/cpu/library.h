@@ -35,7 +35,7 @@ inline void run_program(Worker& worker, void* context) {
 qv_layer* qv_layer_new(int64_t n, int64_t k, int32_t act_bits, int32_t hadamard,
                        int32_t activation) {
   const bool fits = n >= 1 && n <= MAX_N && k >= 1 && k <= MAX_K;
-  if (!fits || (act_bits != 8 && act_bits != 4)) return nullptr;
+  if (!fits || (act_bits != 8 && act_bits != 4 && act_bits != 3)) return nullptr;
   if ((hadamard != 0 && hadamard != 64) || (hadamard && k % hadamard)) return nullptr;
   qv_layer* layer = new (std::nothrow) qv_layer;
   if (!layer) return nullptr;

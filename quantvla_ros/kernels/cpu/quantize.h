@@ -144,7 +144,7 @@ void quantize_token(const Token& token, int64_t row) {
   const int32_t bits = magnitude_bits(x, k);
   float amax;
   std::memcpy(&amax, &bits, 4);
-  const float top = layer.act_bits == 4 ? 7.0f : 127.0f;
+  const float top = layer.act_bits == 3 ? 3.0f : layer.act_bits == 4 ? 7.0f : 127.0f;
   float inverse, scale;
   if (bits >= 0x7f800000) {
     std::memset(token.q, 0, static_cast<size_t>(token.depth));

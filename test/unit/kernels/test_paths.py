@@ -22,7 +22,7 @@ def make(library, weight, bias=None, up=None, up_bias=None, **options):
 
 
 @GENERATED
-@given(shape=shapes(), act_bits=st.sampled_from([4, 8]))
+@given(shape=shapes(), act_bits=st.sampled_from([3, 4, 8]))
 def test_integer_sums_are_exact(library, shape, act_bits):
     tokens, rows, columns, bits, group = shape
     weight = packed(rows, columns, bits, group, scale=1.0)
@@ -44,14 +44,14 @@ def test_the_longest_sum_that_is_served_does_not_overflow(library):
 
 
 @GENERATED
-@given(shape=shapes(), act_bits=st.sampled_from([4, 8]), data=st.data())
+@given(shape=shapes(), act_bits=st.sampled_from([3, 4, 8]), data=st.data())
 def test_floats_agree_with_the_reference(library, shape, act_bits, data):
     tokens, rows, columns, bits, group = shape
     gated = data.draw(st.booleans())
     hadamard = 64 if columns % 64 == 0 and data.draw(st.booleans()) else 0
     activation = data.draw(st.sampled_from(['none', 'silu', 'gelu_tanh']))
     weight = packed(rows, columns, bits, group, scale=0.1)
-    up = packed(rows, columns, data.draw(st.sampled_from([4, 8])), group) if gated else None
+    up = packed(rows, columns, data.draw(st.sampled_from([3, 4, 8])), group) if gated else None
     bias = torch.randn(rows)
     x = torch.randn(tokens, columns)
     options = dict(act_bits=act_bits, hadamard=hadamard, activation=activation)

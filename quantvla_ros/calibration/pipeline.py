@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize a whole policy by a recipe: layers, then matching. Shared by the command and the table.
+
+Owns the order of the stages. Writes no file.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quantvla_ros.calibration.policy_runs import batches, chunks, losses
+from quantvla_ros.observation import Observation
+from quantvla_ros.policies.libero_panda import LiberoVla
+from quantvla_ros.policies.sites import libero_vla_sites
+from quantvla_ros.quant.convert import Known, Progress, ask, quantize_net
+from quantvla_ros.quant.layout import EVERYTHING
+from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear
+from quantvla_ros.quant.matching import Factors, fit_factors, fold
+from quantvla_ros.quant.recipes import Recipe
+from quantvla_ros.quant.scheme import Scheme
+
+FELT_FRAMES = 24  # frames that tell what the action feels; each costs a backward pass
+MATCHING_BATCH = 4  # frames whose logits are held at once
+
+
+def ask_policy(policy: LiberoVla, observations: Sequence[Observation], seed: int = 0) -> Known:
+    """Learn from the float policy, once, what every recipe needs in one-pass mode."""
+    sites = libero_vla_sites(policy.net)
+    names = [site.name for site in sites.in_groups(EVERYTHING)]
+    return ask(
+        policy.net,
+        names,
+        lambda: _run(policy, observations, seed),
+        lambda: losses(policy, _felt(observations), seed=seed),
+    )
+
+
+def _felt(observations: Sequence[Observation]) -> Sequence[Observation]:
+    return observations[:: max(1, len(observations) // FELT_FRAMES)][:FELT_FRAMES]
+
+
+def _run(policy: LiberoVla, observations: Sequence[Observation], seed: int) -> None:
+    chunks(policy, observations, seed)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was made: layers by name, and the factors of each attention, {} without matching."""
+
+    layers: dict[str, QuantizedLayer]
+    factors: dict[str, Factors]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored layers."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+
+def quantize_policy(
+    policy: LiberoVla,
+    recipe: Recipe,
+    precision: Scheme,
+    observations: Sequence[Observation],
+    *,
+    seed: int = 0,
+    known: Known | None = None,
+    blockwise: bool = True,
+    make: Make = QuantLinear,
+    progress: Progress | None = None,
+) -> Result:
+    """Quantize a policy in place. Matching needs the float network too, and keeps a copy of it."""
+    sites = libero_vla_sites(policy.net)
+    teacher = copy.deepcopy(policy.net) if recipe.matching is not None else None
+    layers = quantize_net(
+        policy.net,
+        sites,
+        recipe,
+        precision,
+        lambda: _run(policy, observations, seed),
+        losses=lambda: losses(policy, _felt(observations), seed=seed),
+        known=known,
+        blockwise=blockwise,
+        make=make,
+        progress=progress,
+    )
+    if teacher is None or recipe.matching is None:
+        return Result(layers, {})
+    parts = batches(policy, observations, seed, MATCHING_BATCH)
+    factors = fit_factors(teacher, policy.net, sites, parts, recipe.matching)
+    return Result(fold(policy.net, sites, layers, factors, make), factors)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantvla frames`: let the policy work in the simulator and keep what it sees, for calibration.
+
+Starts are drawn at random from the regions of the task files; the official states belong to the
+evaluation and are never used here. Writes one frames file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantvla_ros.action import NS_PER_S
+from quantvla_ros.calibration.frames_file import write_frames
+from quantvla_ros.contract import Contract, load_contract
+from quantvla_ros.observation import Observation
+from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
+from quantvla_ros.sim.episodes import CLOSE, OPEN, WORLD_RATE_HZ, observe, seed_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `quantvla frames`."""
+    add = parser.add_argument
+    add('--out', type=Path, default=Path('runs/frames.npz'), help='file to write')
+    add('--suite', default='libero_object,libero_spatial', help='suites, joined by commas')
+    add('--tasks', default='0-9', help='task numbers in each suite, as in 0,3-5')
+    add('--episodes', type=int, default=1, help='random starts of each task')
+    add('--chunks', type=int, default=12, help='most chunks of an episode, one frame for each')
+    add('--policy', default='libero_panda')
+    add('--model', default='', help='checkpoint folder; default: the shipped one')
+    add('--contract', default='libero_panda')
+    add('--seed', type=int, default=0, help='of starts and noise')
+    add('--threads', type=int, default=0)
+
+
+def roll_out(
+    world: Any, policy: Policy, contract: Contract, chunks: int, seed: int
+) -> list[Observation]:
+    """Play from where the world stands; return what was seen before each chunk."""
+    gripper, seen = contract.gripper, []
+    middle = 0.5 * (gripper.open_position + gripper.closed_position)
+    toward_closed = np.sign(gripper.closed_position - gripper.open_position)
+    steps = contract.action.execute
+    for number in range(chunks):
+        stamp_ns = round(number * steps / WORLD_RATE_HZ * NS_PER_S)
+        seen.append(observe(world, contract, world.scene.instruction, stamp_ns))
+        chunk = policy.denoise(policy.prepare(seen[-1]), seed_of('frames', seed, number))
+        for row in chunk.positions[:steps]:
+            closing = (row[-1] - middle) * toward_closed > 0
+            world.step(row[:-1], CLOSE if closing else OPEN)
+            if world.success():
+                return seen
+    return seen
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record and write."""
+    from quantvla_ros.sim.evaluate import parse_numbers
+    from quantvla_ros.sim.starts import StartSampler
+    from quantvla_ros.sim.world import make_world
+
+    if args.episodes < 1 or args.chunks < 1:
+        raise ValueError('--episodes and --chunks must be at least 1')
+    contract = load_contract(args.contract)
+    settings = PolicySettings(model=args.model, threads=args.threads)
+    policy = make_policy(args.policy, contract, settings)
+    frames: list[Observation] = []
+    for suite in args.suite.split(','):
+        for task in parse_numbers(args.tasks):
+            world = make_world(suite.strip(), task)
+            sampler = StartSampler(world)
+            for episode in range(args.episodes):
+                key = seed_of('start', args.seed, suite, task, episode)
+                sampler.draw(np.random.default_rng(key)).put(world)
+                frames += roll_out(world, policy, contract, args.chunks, key)
+            world.close()
+            print(f'{suite}_{task}: {len(frames)} frames', flush=True)
+    write_frames(args.out, frames)
+    print(f'{args.out}: {len(frames)} frames, {args.out.stat().st_size / 1e6:.1f} MB')
+    return 0

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From checkpoint and frames to an artifact that the policy serves."""
+
+import numpy as np
+import pytest
+
+from quantvla_ros.calibration import quantize
+from quantvla_ros.calibration.policy_runs import action_error, chunks
+from quantvla_ros.cli import main
+from quantvla_ros.policies.libero_checkpoint import CheckpointError
+from quantvla_ros.quant.artifact import ArtifactError, read_provenance
+from quantvla_ros.quant.linear import QuantLinear
+from quantvla_ros.quant.simulate import SimulatedLinear
+
+
+def command(model, frames_path, *more):
+    return main(['quantize', str(model), '--frames', str(frames_path), '--one-pass', *more])
+
+
+def test_artifact_is_served_and_stays_close_to_float(
+    model, frames_path, make_policy, observations
+):
+    assert command(model, frames_path, '--precision', 'w8a8') == 0
+    policy, plain = make_policy(precision='w8a8'), make_policy()
+    assert isinstance(policy.net.action.blocks[0].mlp.down_proj, QuantLinear)
+    apart = action_error(chunks(policy, observations), chunks(plain, observations), 8)
+    other = action_error(chunks(plain, observations, 99), chunks(plain, observations), 8)
+    assert 0 < apart.mean_mrad < 0.2 * other.mean_mrad
+
+
+def test_scales_of_each_step_are_found_while_denoising(model, frames_path, make_policy):
+    assert command(model, frames_path, '--recipe', 'omega_qvla', '--precision', 'w8a8') == 0
+    policy = make_policy(precision='omega_qvla-w8a8')
+    assert policy.net.action.blocks[0].attn.q_proj.act_scales.numel() == policy.steps
+    quick = make_policy(precision='omega_qvla-w8a8', steps=6)
+    with pytest.raises(RuntimeError, match='scales for 4 denoising steps'):
+        chunks(quick, _one(quick))
+
+
+def _one(policy):
+    from tiny_vla import observe
+
+    return [observe(policy.contract)]
+
+
+def test_same_seed_gives_the_same_bytes(model, frames_path, tmp_path):
+    folders = [tmp_path / 'a', tmp_path / 'b']
+    for folder in folders:
+        command(model, frames_path, '--out', str(folder), '--precision', 'w4a4')
+    for name in ('layers.safetensors', 'artifact.json'):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_provenance_names_checkpoint_frames_and_recipe(model, frames_path):
+    command(model, frames_path, '--recipe', 'rtn')
+    found = read_provenance(model / 'rtn-w4a8')
+    assert (found.recipe, found.precision) == ('rtn', 'w4a8')
+    assert len(found.checkpoint) == len(found.frames) == 64
+    assert found.measured['action_error_mrad'] > 0
+
+
+def test_peak_memory_and_errors_are_printed(model, frames_path, capsys):
+    command(model, frames_path, '--recipe', 'rtn')
+    said = capsys.readouterr().out
+    assert 'peak memory' in said and 'mrad' in said and 'another noise seed' in said
+
+
+def test_interruption_leaves_the_old_artifact(model, frames_path, monkeypatch, capsys):
+    command(model, frames_path, '--precision', 'w8a8')
+    before = {p.name: p.read_bytes() for p in (model / 'w8a8').iterdir()}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, 'write_artifact', interrupted)
+    assert command(model, frames_path, '--precision', 'w8a8', '--seed', '3') == 130
+    assert {p.name: p.read_bytes() for p in (model / 'w8a8').iterdir()} == before
+    assert sorted(p.name for p in model.iterdir()) == [
+        'model.safetensors', 'policy.json', 'w8a8']
+    assert 'is as it was' in capsys.readouterr().err
+
+
+def test_unknown_recipe_is_a_sentence(model, frames_path, capsys):
+    assert command(model, frames_path, '--recipe', 'magic') == 2
+    assert 'known are' in capsys.readouterr().err
+
+
+def test_artifact_of_another_checkpoint_is_refused(model, frames_path, make_policy):
+    command(model, frames_path, '--recipe', 'rtn', '--out', str(model / 'mine'))
+    text = (model / 'mine' / 'artifact.json').read_text()
+    sha = read_provenance(model / 'mine').checkpoint
+    (model / 'mine' / 'artifact.json').write_text(text.replace(sha, '0' * 64))
+    with pytest.raises(ArtifactError, match='was made for checkpoint 000000000000'):
+        make_policy(precision='mine')
+
+
+def test_changed_weights_are_refused(model, frames_path, make_policy):
+    command(model, frames_path, '--recipe', 'rtn', '--out', str(model / 'mine'))
+    weights = model / 'model.safetensors'
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match='is not the file'):
+        make_policy(precision='mine')
+
+
+def test_unknown_precision_lists_the_artifacts(model, frames_path, make_policy):
+    command(model, frames_path, '--recipe', 'rtn', '--out', str(model / 'mine'))
+    with pytest.raises(ValueError, match='known are float, bfloat16, mine;'):
+        make_policy(precision='yours')
+
+
+def test_no_float_copy_of_a_quantized_layer_is_kept(model, frames_path, make_policy):
+    command(model, frames_path, '--recipe', 'rtn', '--precision', 'w4a8')
+    floats = sum(p.numel() for p in make_policy().net.parameters())
+    left = sum(p.numel() for p in make_policy(precision='rtn-w4a8').net.parameters())
+    assert left < 0.4 * floats
+
+
+def test_simulated_policy_agrees_with_the_integer_one(
+    model, frames_path, contract, observations
+):
+    from quantvla_ros.policies.base import PolicySettings
+    from quantvla_ros.policies.libero_panda import LiberoVla
+    from quantvla_ros.policies.libero_quantized import read_quantized
+
+    command(model, frames_path, '--precision', 'w4a8')
+    exact = LiberoVla(contract, PolicySettings(model=str(model), precision='w4a8'))
+    checkpoint, net = read_quantized(model, 'w4a8', device='cuda')  # layers only; stays here
+    assert isinstance(net.backbone.blocks[0].attn.q_proj, SimulatedLinear)
+    near = LiberoVla.around(contract, PolicySettings(), checkpoint, net)
+    off = action_error(chunks(near, observations), chunks(exact, observations), 8)
+    plain = LiberoVla(contract, PolicySettings(model=str(model)))
+    away = action_error(chunks(plain, observations), chunks(exact, observations), 8)
+    assert off.mean_mrad < 0.05 * away.mean_mrad
+
+
+def test_gripper_flips_are_counted_apart():
+    reference = np.zeros((1, 4, 3))
+    found = reference.copy()
+    found[0, 0, 0], found[0, 1, 2] = 0.004, 1.0
+    error = action_error(found, reference, 4)
+    assert error.mean_mrad == pytest.approx(0.5)
+    assert error.gripper == pytest.approx(0.25)
