@@ -69,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
     policy, model = choose_policy(args.policy, args.model)
     tasks = [args.task if args.task >= 0 else number % 10 for number in range(args.episodes)]
     pack_scenes(args.suite, tasks)
+    contract = 'libero_expert' if policy == 'expert' else 'libero_panda'
     given = {
-        'suite': args.suite, 'task': str(tasks[0]), 'policy': policy, 'model': model,
+        'contract': contract, 'suite': args.suite, 'task': str(tasks[0]), 'policy': policy, 'model': model,
         'precision': args.precision, 'camera_rate': str(args.camera_rate), 'record': 'true',
         'pace': str(args.pace), 'recorder': 'record_node', 'bag': str(out / 'bag'),
         'enable_on_activate': 'false',
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         ended = supervisor.first_ended()
         if ended is not None and not stop.is_set():
             print(f'{ended.name} {ended.fate()}; the last lines of {log_path}:\n{tail(log_path)}')
-    return _finish(args, out, load_contract('libero_panda'), results)
+    return _finish(args, out, load_contract(contract), results)
 
 
 def _over(stop: threading.Event, supervisor: Supervisor) -> Callable[[], bool]:
@@ -118,8 +119,6 @@ def choose_policy(name: str, model: str) -> tuple[str, str]:
             share_path('models/libero_panda/model.safetensors')
         return 'libero_panda', model
     except FileNotFoundError:
-        if 'expert' not in POLICIES:
-            raise
         print('No trained weights in models/: the scripted expert drives the arm. It reads the '
               "simulator's state; a policy sees only cameras and joints.")
         return 'expert', ''
