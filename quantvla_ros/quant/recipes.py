@@ -102,13 +102,15 @@ class Gptq:
     """GPTQ in the transformed frame; damp: share of the mean diagonal of H.
 
     guided: tokens count by what the action feels of them. refit: then scale each row by least
-    squares, so that its output is right for the rounded tokens.
+    squares, so that its output is right for the rounded tokens. noisy: H is that of the rounded
+    tokens, H + sigma^2 I with sigma^2 the mean of scale^2 / 12.
     """
 
     damp: float = 0.01
     act_order: bool = False
     guided: bool = False
     refit: bool = False
+    noisy: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ _ALL = (
                 (Smooth(0.5),),
             )),
         ),
-        rounding=Gptq(guided=True, refit=True),
+        rounding=Gptq(guided=True, refit=True, noisy=True),
         raise_sensitive=True,
     ),
 )
