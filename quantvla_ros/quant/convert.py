@@ -69,7 +69,8 @@ def _round(
         if rounding.noisy:
             hessian = hessian + token_noise(fit, seen, scheme) * torch.eye(len(hessian))
         rounded = gptq(
-            weight, hessian, bits, granularity, damp=rounding.damp, act_order=rounding.act_order
+            weight, hessian, bits, granularity,
+            damp=rounding.damp, act_order=rounding.act_order, search=rounding.search,
         )
         return _refit(rounded, weight, fit, seen, scheme) if rounding.refit else rounded
     assert isinstance(rounding, Nearest)
@@ -84,6 +85,15 @@ def token_noise(fit: Fit, seen: InputStatistics, scheme: Scheme) -> float:
         return 0.0
     peaks = fit.transform.activations(seen.sample()).abs().amax(1).double()
     return float((peaks / qmax(scheme.act_bits)).pow(2).mean() / 12)
+
+
+def _mean_error(
+    rounded: Rounded, weight: Tensor, fit: Fit, seen: InputStatistics, scheme: Scheme
+) -> Tensor:
+    """Mean of y - y_q on the sample, (out,): what a bias can take away."""
+    z = fit.transform.activations(seen.sample())
+    zq = round_tokens(z, scheme.act_bits) if scheme.act_bits < 16 else z
+    return (z @ weight.T - zq @ rounded.dequantized().T).mean(0)
 
 
 def _refit(
@@ -122,7 +132,11 @@ def quantize_linear(
     rounding = recipe.rounding
     if in_action_head and recipe.action_rounding is not None:
         rounding = recipe.action_rounding
-    rounded = _round(rounding, fit.transform.weight(weight.float()), fit, seen, scheme)
+    turned = fit.transform.weight(weight.float())
+    rounded = _round(rounding, turned, fit, seen, scheme)
+    if isinstance(rounding, Gptq) and rounding.centre:
+        shift = _mean_error(rounded, turned, fit, seen, scheme)
+        bias = shift if bias is None else bias + shift
     scales = None
     if isinstance(scheme.act, PerStep):
         scales = static_scales(seen, fit.transform, scheme.act_bits)

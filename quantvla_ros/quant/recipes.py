@@ -101,16 +101,20 @@ class Nearest:
 class Gptq:
     """GPTQ in the transformed frame; damp: share of the mean diagonal of H.
 
+    search: clip each row where its squared error is least, instead of absmax.
     guided: tokens count by what the action feels of them. refit: then scale each row by least
     squares, so that its output is right for the rounded tokens. noisy: H is that of the rounded
-    tokens, H + sigma^2 I with sigma^2 the mean of scale^2 / 12.
+    tokens, H + sigma^2 I with sigma^2 the mean of scale^2 / 12. centre: a bias takes away the mean
+    error that is left on the calibration tokens.
     """
 
     damp: float = 0.01
     act_order: bool = False
     guided: bool = False
+    search: bool = True
     refit: bool = False
     noisy: bool = False
+    centre: bool = False
 
 
 @dataclass(frozen=True)
