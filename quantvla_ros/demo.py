@@ -29,21 +29,8 @@ if TYPE_CHECKING:
 
 START_S = 180.0  # loading the scene and the policy on a slow machine
 EPISODE_S = 90.0
-STEPS = 400  # LIBERO's control steps of 50 ms
-# One machine renders, simulates and infers: pictures may be older than on a robot.
-PATIENT = """/**:
-  ros__parameters:
-    freshness:
-      camera_max_age_s: 1.0
-      camera_max_silence_s: 2.0
-      joints_max_age_s: 0.5
-      joints_max_silence_s: 1.0
-      wait_s: 20.0
-    inference:
-      timeout_s: 20.0
-    limits:
-      description_timeout_s: 120.0
-"""
+SLOWEST = 0.05
+STEPS, STEP_S = 400, 0.05  # LIBERO's control steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--model', default='', help='folder of the checkpoint')
     parser.add_argument('--precision', default='float', help='float or the name of an artifact')
     parser.add_argument('--out', type=Path, help='folder for film, plot, bag and log')
+    parser.add_argument('--pace', type=float, default=default_pace(),
+                        help='simulated seconds per second; below 1 is slow motion')
     parser.add_argument('--camera-rate', type=float, default=10.0, help='pictures per second')
+
+
+def default_pace() -> float:
+    """Return real time, or slow motion where simulating, rendering and inferring share a core."""
+    return 1.0 if (os.cpu_count() or 1) >= 4 else 0.25
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,7 @@ class Result:
 
     span: Span
     line: str
+    pauses: int
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
     policy, model = choose_policy(args.policy, args.model)
     tasks = [args.task if args.task >= 0 else number % 10 for number in range(args.episodes)]
     pack_scenes(args.suite, tasks)
-    (out / 'patient.yaml').write_text(PATIENT)
     given = {
         'suite': args.suite, 'task': str(tasks[0]), 'policy': policy, 'model': model,
         'precision': args.precision, 'camera_rate': str(args.camera_rate), 'record': 'true',
-        'recorder': 'record_node', 'bag': str(out / 'bag'), 'enable_on_activate': 'false',
-        'params_file': str(out / 'patient.yaml'),
+        'pace': str(args.pace), 'recorder': 'record_node', 'bag': str(out / 'bag'),
+        'enable_on_activate': 'false',
+        'params_file': str(share_path('config/slow_machine.yaml')),
     }
     graph = graph_named('sim')
     processes = graph.processes(given)
@@ -93,19 +88,21 @@ def run(args: argparse.Namespace) -> int:
         for process in processes:
             supervisor.start(process)
         print(f'Starting {", ".join(p.name for p in processes)} (their words: {log_path})')
+        if args.pace < 1.0:
+            print(f'In slow motion, {args.pace:g} simulated seconds per second (--pace).')
         over = _over(stop, supervisor)
-        with Operator(stop=over) as operator:
+        with Operator(stop=over, sim_time=args.pace < 1.0) as operator:
             _await_policy(operator, over, log_path)
             for number, task in enumerate(tasks):
                 if over():
                     break
-                result = _episode(operator, args.suite, task, number // 10, over)
+                result = _episode(operator, args.suite, task, number // 10, over, args.pace)
                 results.append(result)
                 print(f'  {number + 1} of {len(tasks)}: {result.line}', flush=True)
         ended = supervisor.first_ended()
         if ended is not None and not stop.is_set():
             print(f'{ended.name} {ended.fate()}; the last lines of {log_path}:\n{tail(log_path)}')
-    return _finish(out, load_contract('libero_panda'), results)
+    return _finish(args, out, load_contract('libero_panda'), results)
 
 
 def _over(stop: threading.Event, supervisor: Supervisor) -> Callable[[], bool]:
@@ -152,16 +149,21 @@ def tail(log: Path, lines: int = 12) -> str:
 
 
 def _episode(
-    operator: Operator, suite: str, task: int, init: int, over: Callable[[], bool]
+    operator: Operator,
+    suite: str,
+    task: int,
+    init: int,
+    over: Callable[[], bool],
+    pace: float,
 ) -> Result:
     """Run one episode to its success, its step limit or its time limit."""
     operator.disable()
     report = operator.start_episode(suite, task, init)
     instruction = report['instruction']
     operator.wait(lambda: operator.policy.get('instruction') == instruction, 10.0)
-    start_ns, begun, pauses = time.time_ns(), time.monotonic(), 0
+    start_ns, begun, pauses = operator.now_ns(), time.monotonic(), 0
     cause = _enable(operator, over)
-    while not over() and time.monotonic() - begun < EPISODE_S:
+    while not over() and time.monotonic() - begun < EPISODE_S / pace:
         operator.spin(0.2)
         report = operator.episode
         if report['success'] or report['step'] >= STEPS:
@@ -171,12 +173,13 @@ def _episode(
             pauses += 1
             _enable(operator, over)
     operator.wait(lambda: False, 0.3)  # the last pictures
-    took, success = time.monotonic() - begun, bool(operator.episode['success'])
-    span = Span(instruction, start_ns, time.time_ns(), success)
+    took = operator.episode['step'] * STEP_S
+    success = bool(operator.episode['success'])
+    span = Span(instruction, start_ns, operator.now_ns(), success)
     line = f'{instruction}: {"done" if success else "not done"} after {took:.1f} s'
     if pauses:
         line += f'; stopped {pauses} times and went on ({cause})'
-    return Result(span, line)
+    return Result(span, line, pauses)
 
 
 def _enable(operator: Operator, over: Callable[[], bool]) -> str:
@@ -188,7 +191,9 @@ def _enable(operator: Operator, over: Callable[[], bool]) -> str:
     return reason
 
 
-def _finish(out: Path, contract: Any, results: list[Result]) -> int:
+def _finish(
+    args: argparse.Namespace, out: Path, contract: Any, results: list[Result]
+) -> int:
     """Make film and plot from the bag, and say what came of it all."""
     spans = [result.span for result in results]
     successes = sum(span.success for span in spans)
@@ -198,6 +203,8 @@ def _finish(out: Path, contract: Any, results: list[Result]) -> int:
     best = next((span for span in spans if span.success), spans[0])
     frames = film(out / 'bag', contract, spans, out / 'cameras.gif')
     gap = plot(out / 'bag', contract, best, out / 'joints.png')
+    if not successes and args.pace > SLOWEST and any(result.pauses for result in results):
+        print(f'This machine does not keep up; try slow motion: --pace {args.pace / 2:g}')
     head = 'SUCCESS' if successes else 'NO SUCCESS'
     print(f'{head}: the arm did its task in {successes} of {len(spans)} episodes.')
     print(f'  film  {out / "cameras.gif"} ({frames} frames)')

@@ -18,7 +18,7 @@ from quantvla_ros.contract import Contract
 from quantvla_ros.decode import DecodeError, decode_camera, decode_joints
 
 SCALE = 2
-FRAMES = 240  # of a whole film, so that it stays a few MB
+FRAMES = 140  # of a whole film, so that it stays a few MB
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def film(bag: Path, contract: Contract, spans: Sequence[Span], out: Path) -> int
                 last = at + step_ns >= span.end_ns
                 frames.append(_annotated(newest, contract.camera_names, span, at, last))
     if frames:
-        images = [Image.fromarray(frame).quantize(64) for frame in frames]
-        images[0].save(out, save_all=True, append_images=images[1:], loop=0, optimize=True,
+        images = [Image.fromarray(frame).quantize(128) for frame in frames]
+        images[0].save(out, save_all=True, append_images=images[1:], loop=0,
                        duration=100)
     return len(frames)
 
@@ -115,7 +115,7 @@ def _annotated(
     clock = f'{(at - span.start_ns) / NS_PER_S:5.1f} s'
     fate = ('success' if span.success else 'not done') if last else ''
     draw.text((4, 18), f'{clock}   {"  |  ".join(names)}   {fate}',
-              fill='lime' if last and span.success else 'silver')
+              fill='lime' if last and span.success else 'white')
     return np.asarray(image)
 
 

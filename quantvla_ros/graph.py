@@ -164,6 +164,7 @@ def _sim(values: Mapping[str, Value]) -> Process:
     names = ('contract', 'suite', 'task', 'init', 'seed', 'mode')
     parameters = {name: values[name] for name in names}
     parameters['camera.rate_hz'] = values['camera_rate']
+    parameters['pace'] = values['pace']
     common = _common(values, 'config/sim_node.yaml')
     return Process('sim', 'sim_node', 'sim_node', parameters=parameters, **common)
 
@@ -211,7 +212,8 @@ def robot_graph(values: Mapping[str, Value]) -> list[Process]:
 
 def sim_graph(values: Mapping[str, Value]) -> list[Process]:
     """The simulated Panda and the policy node."""
-    values = {**values, 'use_sim_time': values['mode'] == 'lockstep'}
+    slow = float(values['pace']) < 1.0
+    values = {**values, 'use_sim_time': slow or values['mode'] == 'lockstep'}
     return _with_recorder(values, _sim(values), _policy(values))
 
 
@@ -255,6 +257,7 @@ SIM = (
     Argument('task', 0, 'Number of the task in its suite, 0 to 9.'),
     Argument('init', 0, 'Official initial state, 0 to 49; -1 places the objects at random.'),
     Argument('seed', 0, 'Seed of random placements.'),
+    Argument('pace', 1.0, 'Simulated seconds per second; below 1 is slow motion on /clock.'),
     Argument('camera_rate', 20.0, 'Most pictures per second and camera.'),
     Argument('mode', 'realtime', 'lockstep waits for a command in each step and drives /clock.',
              ('realtime', 'lockstep')),

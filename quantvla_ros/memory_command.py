@@ -54,13 +54,15 @@ def run(args: argparse.Namespace) -> int:
     rows = [held(sites, rest, plan) for plan in plans]
     rows.append(held(whole, extras(args.family, model, whole), PLANS['float']))
     _print_held([*names, 'as published'], rows)
-    goal = GOAL_GIB.get(args.family)
-    if goal:
-        best = min(sum(row.values()) for row in rows[:-1]) / GIB
-        print(f'goal: at most {goal} GiB held; least of these plans {best:.2f} GiB')
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f'beside the model, this interpreter with torch: {peak / MIB:.0f} MiB (measured here); '
           'activations of a chunk: a few MiB in the expert, tens in the prefix')
+    goal = GOAL_GIB.get(args.family)
+    if goal:
+        totals = {name: sum(row.values()) / GIB for name, row in zip(names, rows, strict=False)}
+        best = min(totals, key=lambda name: totals[name])
+        print(f'goal: at most {goal} GiB held in all; {best} takes {totals[best]:.2f} GiB, '
+              f'{totals[best] + peak / GIB:.2f} GiB with the interpreter')
     return 0
 
 

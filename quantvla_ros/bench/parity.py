@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,14 +18,17 @@ from typing import Any
 import numpy as np
 
 from quantvla_ros.resources import cache_folder
+from quantvla_ros.sim.kinematics import ArmKinematics
 from quantvla_ros.sim.packing import make_libero_env, prepare_import, quiet
 from quantvla_ros.sim.rendering import mujoco
 from quantvla_ros.sim.scenes import SUITES, load_scene, parse_tasks
-from quantvla_ros.sim.world import CLOSE, KP, MAX_STEP_RAD, OPEN, World
+from quantvla_ros.sim.world import CLOSE, OPEN, World
 
 DEFAULT_TASKS = (
     'libero_object/0,libero_object/4,libero_spatial/0,libero_spatial/5,libero_goal/0,'
     'libero_goal/1,libero_goal/5,libero_goal/7,libero_10/2,libero_10/3,libero_10/9')
+# what World restates, written down a second time: taken from World it would agree by itself
+STIFFNESS, REACH_RAD = 200.0, 0.25
 FREE_STEPS, GRASP_STEPS, GOAL_STEPS = 60, 60, 30
 Command = tuple[np.ndarray, float]
 
@@ -51,22 +55,26 @@ class Twin:
             self.controller.update(force=True)
         self.world.reset_official(start, settle=0)
         self.data = self.env.env.sim.data._data
+        self.seconds: list[tuple[float, float]] = []  # of each step, LIBERO's and World's
 
     def _stiffen(self) -> None:
         """Make robosuite's delta controller an absolute one, as World is."""
         controller = self.controller
-        controller.output_max = np.full(7, MAX_STEP_RAD)
+        controller.output_max = np.full(7, REACH_RAD)
         controller.output_min = -controller.output_max
         controller.action_scale = None
-        controller.kp = np.full(7, KP)
+        controller.kp = np.full(7, STIFFNESS)
         controller.kd = 2.0 * np.sqrt(controller.kp)
 
     def step(self, target: np.ndarray, gripper: float) -> None:
         """Send one absolute joint target to both."""
-        delta = (target - self.data.qpos[self.world.arm_qpos]) / MAX_STEP_RAD
+        delta = (target - self.data.qpos[self.world.arm_qpos]) / REACH_RAD
+        begin = time.perf_counter()
         with quiet():
             self.env.step(np.concatenate([delta.clip(-1.0, 1.0), [gripper]]))
+        between = time.perf_counter()
         self.world.step(target, gripper)
+        self.seconds.append((between - begin, time.perf_counter() - between))
 
     def difference(self) -> float:
         """Return the largest difference of any joint or object coordinate, in rad or m."""
@@ -131,28 +139,6 @@ def goal_state(world: World) -> np.ndarray:
     return qpos
 
 
-def reach(world: World, point: np.ndarray, posture: np.ndarray) -> np.ndarray:
-    """Return (7,) joint angles that bring the fingertips to a point, by damped least squares."""
-    data = mujoco.MjData(world.model)
-    data.qpos[:] = world.data.qpos
-    data.qpos[world.arm_qpos] = posture
-    jacobian = np.zeros((6, world.model.nv))
-    down = world.data.site_xmat[world.grip_site].reshape(3, 3).copy()
-    for _ in range(80):
-        mujoco.mj_kinematics(world.model, data)
-        mujoco.mj_comPos(world.model, data)
-        mujoco.mj_jacSite(world.model, data, jacobian[:3], jacobian[3:], world.grip_site)
-        turn = down @ data.site_xmat[world.grip_site].reshape(3, 3).T
-        error = np.concatenate([
-            point - data.site_xpos[world.grip_site],
-            0.5 * np.array([turn[2, 1] - turn[1, 2], turn[0, 2] - turn[2, 0],
-                            turn[1, 0] - turn[0, 1]])])
-        arm = jacobian[:, world.arm_dofs]
-        move = arm.T @ np.linalg.solve(arm @ arm.T + 1e-4 * np.eye(6), error)
-        data.qpos[world.arm_qpos] += move.clip(-0.2, 0.2)
-    return data.qpos[world.arm_qpos].clip(*(world.arm_range.T + [[0.02], [-0.02]]))
-
-
 def free_motion(world: World) -> Iterator[Command]:
     """Swing every joint."""
     home = world.arm_positions()
@@ -170,8 +156,10 @@ def grasp(world: World) -> Iterator[Command]:
     else:
         place = world.data.xpos[world.thing_body(name)].copy()
     home = world.arm_positions()
-    above = reach(world, place + [0.0, 0.0, 0.12], home)
-    at = reach(world, place, above)
+    arm = ArmKinematics(world, home)
+    hand = arm.pose()[1]
+    above, _ = arm.solve(place + [0.0, 0.0, 0.12], hand, home)
+    at, _ = arm.solve(place, hand, above)
     quarter = GRASP_STEPS // 4
     for start, end, gripper in ((home, above, OPEN), (above, at, OPEN), (at, at, CLOSE),
                                 (at, above, CLOSE)):
@@ -192,6 +180,8 @@ class Result:
     held: int = 0
     successes: int = 0
     contacts: int = 0
+    libero_step_ms: float = 0.0
+    world_step_ms: float = 0.0
 
     def note(self, phase: str, twin: Twin) -> None:
         """Add what one step showed."""
@@ -223,6 +213,8 @@ def compare(suite: str, task_id: int, start: int = 0, refreshed: bool = True) ->
         for _ in range(GOAL_STEPS):
             twin.step(hold, OPEN)
             result.note('goal', twin)
+        result.libero_step_ms, result.world_step_ms = (
+            1e3 * float(value) for value in np.median(twin.seconds, axis=0))
     finally:
         twin.close()
     return result
@@ -253,6 +245,9 @@ def run(args: argparse.Namespace) -> int:
     for suite, task_id in tasks:
         results.append(compare(suite, task_id, args.start))
         print(line(results[-1]), flush=True)
+    times = np.array([(r.libero_step_ms, r.world_step_ms) for r in results])
+    print(f'a control step of 50 ms took {times[:, 0].mean():.1f} ms in robosuite and '
+          f'{times[:, 1].mean():.1f} ms in World (medians, averaged over the tasks)')
     stale = compare(*tasks[0], args.start, refreshed=False)
     wrong = sum(r.disagreements for r in results)
     print(f'goal conditions agreed on {sum(r.checks for r in results) - wrong} of '

@@ -78,5 +78,7 @@ CASES: dict[str, ParityCase] = {
     'pi0_lerobot': ParityCase('pi0', 10, 28, {'cameras': PI_SLOTS}),
     'groot_n15_isaac': ParityCase('groot_n15', 16, 28, GROOT_PARTS),
     'groot_n15_lerobot': ParityCase('groot_n15', 16, 28, {}),
+    'openvla_hf': ParityCase('openvla', 1, 28, {'statistics': 'made_up'}, 7),
+    'openvla_oft': ParityCase('openvla_oft', 4, 28, {'statistics': 'made_up'}, 7),
     'smolvla_lerobot': ParityCase('smolvla', 10, 64, {'cameras': PI_SLOTS}),
 }

@@ -44,10 +44,11 @@ def record(folder: Path, names: Mapping[str, tuple[int, ...]], seed: int) -> dic
     described: dict[str, Any] = {'seed': seed, 'texts': {}, 'drawn': {}, 'stored': {}}
     for path in sorted(p for p in folder.rglob('*') if p.is_file()):
         place = str(path.relative_to(folder))
-        if path.suffix != '.safetensors':
+        if path.suffix not in ('.safetensors', '.pt'):
             described['texts'][place] = _compact(path)
             continue
-        tensors = load_file(str(path))
+        pickled = path.suffix == '.pt'
+        tensors = torch.load(path, weights_only=True) if pickled else load_file(str(path))
         drawn = {key: _origin(key, value, names, seed) for key, value in tensors.items()}
         described['drawn'][place] = {
             key: list(tensors[key].shape) if name == key else [name, *tensors[key].shape]
@@ -91,7 +92,10 @@ def rebuild(described: Mapping[str, Any], folder: Path) -> None:
         for key, values in described['stored'][place].items():
             tensors[key] = torch.tensor(values)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(folder / place))
+        if place.endswith('.pt'):
+            torch.save(tensors, folder / place)
+        else:
+            save_file(tensors, str(folder / place))
 
 
 def read_fixture(path: Path) -> dict[str, Any]:

@@ -185,12 +185,17 @@ class NativeLayer(Layer):
             return torch.ops.quantvla.linear(x, self.number, self.n, act_scale or 0.0, gate,
                                              residual)
         shape = x.shape
-        dtype = DTYPES.get(x.dtype, -1)
-        if dtype < 0 or x.device.type != 'cpu' or not shape or shape[-1] != self.k:
+        dtype = 0 if x.dtype is torch.float32 else DTYPES.get(x.dtype, -1)
+        if dtype < 0 or not x.is_cpu or not shape or shape[-1] != self.k:
             self._refuse(x, residual, gate)
         if not x.is_contiguous():
             x = x.contiguous()
-        y = x.new_empty((*shape[:-1], self.n))
+        if len(shape) == 2:  # the usual case: no slice of the shape, no product
+            rows = shape[0]
+            y = x.new_empty((rows, self.n))
+        else:
+            rows = x.numel() // self.k
+            y = x.new_empty((*shape[:-1], self.n))
         residual_at = gate_at = None
         if residual is not None or gate is not None:
             self._refuse(x, residual, gate)
@@ -200,7 +205,7 @@ class NativeLayer(Layer):
             gate_at = None if gate is None else gate.data_ptr()
         if act_scale is not None:
             _refuse_scale(act_scale)
-        status = self._linear(self.handle, x.numel() // self.k, x.data_ptr(), y.data_ptr(), dtype,
+        status = self._linear(self.handle, rows, x.data_ptr(), y.data_ptr(), dtype,
                               act_scale or 0.0, gate_at, residual_at)
         if status:
             native.check(status)

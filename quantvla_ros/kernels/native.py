@@ -20,7 +20,7 @@ PATHS: dict[str, tuple[str, frozenset[str]]] = {
     'avx512vnni': ('x86_64', frozenset({'avx512f', 'avx512bw', 'avx512vl', 'avx512dq',
                                         'avx512_vnni', 'fma'})),
     'avx2vnni': ('x86_64', frozenset({'avx2', 'fma', 'avx_vnni'})),
-    'avx512vl': ('x86_64', frozenset({'avx2', 'fma', 'avx512vl', 'avx512_vnni'})),
+    'avx512vl': ('x86_64', frozenset({'avx2', 'fma', 'avx512f', 'avx512vl', 'avx512_vnni'})),
     'avx2': ('x86_64', frozenset({'avx2', 'fma'})),
     'i8mm': ('aarch64', frozenset({'asimddp', 'i8mm'})),
     'dotprod': ('aarch64', frozenset({'asimddp'})),

@@ -22,7 +22,7 @@ import numpy as np
 from quantvla_ros.action import NS_PER_S, ActionChunk
 from quantvla_ros.contract import Contract, Gripper
 
-SAME_TIME_S = 1e-6
+KNOT_GRID_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,46 @@ class TrajectoryPoint:
     velocities: np.ndarray
 
 
-def braking_trajectory(
-    positions: np.ndarray, velocities: np.ndarray, acceleration: np.ndarray, lead_s: float
-) -> list[TrajectoryPoint]:
-    """Return the setpoint at lead_s and the way from it to rest, each joint at its own limit.
+@dataclass(frozen=True)
+class Bounds:
+    """What braking must respect: (joints,) in SI, in the order of the controller."""
 
-    Every knot is where one joint comes to rest. Between two knots each joint runs on one parabola
-    or rests, and a cubic through positions and velocities, which is what the controller lays, is
-    that parabola exactly: so the limits hold between the points too.
+    lower: np.ndarray
+    upper: np.ndarray
+    acceleration: np.ndarray
+
+
+def braking_trajectory(
+    positions: np.ndarray, velocities: np.ndarray, bounds: Bounds, lead_s: float
+) -> list[TrajectoryPoint]:
+    """Return the setpoint at lead_s and the way from it to rest, each joint at its own pace.
+
+    A joint brakes evenly over its stopping time, rounded up to the grid so that no two knots are
+    closer: never harder than its acceleration limit. Where that would pass a position limit, the
+    velocity at the setpoint is lowered until it does not. Between two knots each joint runs on
+    one parabola or rests, and a cubic through positions and velocities, which is what the
+    controller lays, is that parabola exactly: so the limits hold between the points too.
     """
-    stop_s = np.abs(velocities) / acceleration
-    points = [TrajectoryPoint(lead_s, positions, velocities)]
-    for end_s in np.unique(stop_s):
-        if lead_s + end_s - points[-1].time_s < SAME_TIME_S:
-            continue  # times must increase by what a nanosecond count can hold
+    speed = np.abs(velocities)
+    stop_s = np.ceil(speed / bounds.acceleration / KNOT_GRID_S) * KNOT_GRID_S
+    moving = stop_s > 0
+    ahead = np.where(velocities > 0, bounds.upper - positions, positions - bounds.lower)
+    safe_s = np.where(moving, stop_s, KNOT_GRID_S)
+    speed = np.minimum(speed, 2.0 * np.maximum(ahead, 0.0) / safe_s)
+    start = np.where(moving, np.copysign(speed, velocities), 0.0)
+    points = [TrajectoryPoint(lead_s, positions, start)]
+    for end_s in np.unique(stop_s[moving]):
         passed = np.minimum(end_s, stop_s)
-        drop = np.sign(velocities) * acceleration * passed
+        left = 1.0 - passed / safe_s  # share of the velocity that is left
+        travelled = start * 0.5 * passed * (1.0 + left)
+        resting = stop_s <= end_s
         points.append(
             TrajectoryPoint(
                 float(lead_s + end_s),
-                positions + velocities * passed - 0.5 * drop * passed,
-                np.where(stop_s <= end_s + SAME_TIME_S, 0.0, velocities - drop),
+                np.clip(positions + travelled, bounds.lower, bounds.upper),  # rounding only
+                np.where(resting, 0.0, start * left),
             )
         )
-    last = points[-1]
-    points[-1] = TrajectoryPoint(last.time_s, last.positions, np.zeros_like(last.velocities))
     return points
 
 

@@ -8,12 +8,14 @@ executes; the control thread asks with a call that never waits.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantvla_ros.action import NS_PER_S, ActionChunk
@@ -24,6 +26,8 @@ from quantvla_ros.control.latency import LatencyTracker
 from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.policies.base import Policy
+
+NICENESS = 5
 
 
 class Job:
@@ -71,7 +75,17 @@ class InferenceThread:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    @staticmethod
+    def _yield_to_others() -> None:
+        """Let the threads that hear inputs go first when all cores are busy.
+
+        On Linux this is for this thread and those that it starts, such as a pool of the policy.
+        """
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
     def _serve(self) -> None:
+        self._yield_to_others()
         while True:
             job = self._jobs.get()
             if job is None:
@@ -200,9 +214,13 @@ class Inference:
 
     def _take(self, chunk: ActionChunk) -> None:
         """Admit and merge a chunk; a refused one is tried again at once from newer data."""
+        now_ns = self._clock.now_ns()
+        if self._player.sample(now_ns) is None:
+            # The arm stood still since the observation, so the first chunk holds from now on,
+            # however long a cold start took; judged by its old stamp it would seem a leap.
+            chunk = replace(chunk, stamp_ns=now_ns)
         reason = self._guard.admit(chunk)
         if reason is None:
-            now_ns = self._clock.now_ns()
             reason = self._player.merge(chunk, now_ns, prefixed=self.settings.prefix)
             if reason is not None:
                 self._guard.refused('not_merged', reason)

@@ -9,6 +9,7 @@ logged, since rclpy swallows it, and the node goes through error processing to u
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.signals import SignalHandlerOptions
+from rosgraph_msgs.msg import Clock as ClockMessage
 
 from quantvla_ros.nodes.signals import STOP, StopRequest
 
@@ -128,10 +130,19 @@ class ManagedNode(LifecycleNode):
         return result
 
     def _say_once(self, sentence: str) -> None:
-        """Log a refusal once, however often autostart meets it."""
-        if sentence != self._said and not self.stop:
+        """Log a refusal once, however often autostart meets it; figures in it do not count."""
+        gist = re.sub(r'[0-9.]+', '#', sentence)
+        if gist != self._said and not self.stop:
             self.get_logger().error(sentence)
-        self._said = sentence
+        self._said = gist
+
+    def destroy_node(self) -> None:
+        """Destroy the node and its lifecycle services, which rclpy leaves on the graph.
+
+        A service that nobody serves any more swallows the calls meant for the node's successor.
+        """
+        super().destroy_node()
+        self._state_machine.destroy_when_not_in_use()
 
     # waiting -------------------------------------------------------------------------------
 
@@ -142,6 +153,7 @@ class ManagedNode(LifecycleNode):
         """
         end = time.monotonic() + timeout_s
         while True:
+            self._hear_clock()
             self.listen()
             if ready():
                 return True
@@ -150,6 +162,16 @@ class ManagedNode(LifecycleNode):
             if time.monotonic() >= end:
                 return False
             time.sleep(0.002)
+
+    def _hear_clock(self) -> None:
+        """Take what waits on /clock: under use_sim_time a transition would stop our own time."""
+        source = self._time_source
+        while source._clock_sub is not None:
+            with source._clock_sub.handle:
+                taken = source._clock_sub.handle.take_message(ClockMessage, False)
+            if taken is None:
+                return
+            source.clock_callback(taken[0])
 
     # autostart -----------------------------------------------------------------------------
 
@@ -207,6 +229,7 @@ def run(make_node: Callable[[], ManagedNode], argv: Sequence[str] | None = None)
         executor.remove_node(node)
         node.destroy_node()
         rclpy.try_shutdown()
+    STOP.ignore()
     _leave_stuck_threads()
     return 0
 

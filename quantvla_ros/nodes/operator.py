@@ -31,12 +31,18 @@ class NoAnswer(ValueError):  # noqa: N818  (a sentence for the user)
 class Operator:
     """A node of its own context, so that it can live beside anything else in the process."""
 
-    def __init__(self, namespace: str = '', stop: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        namespace: str = '',
+        stop: Callable[[], bool] = lambda: False,
+        sim_time: bool = False,
+    ) -> None:
         self._stop = stop
         self._context = rclpy.Context()
         self._context.init(args=[])
         self._node = rclpy.create_node(
-            'quantvla_operator', namespace=namespace, context=self._context)
+            'quantvla_operator', namespace=namespace, context=self._context,
+            parameter_overrides=[rclpy.Parameter('use_sim_time', value=sim_time)])
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
         self.policy: dict[str, Any] = {}  # the last policy_node/status
@@ -56,6 +62,10 @@ class Operator:
 
     def _on_episode(self, message: String) -> None:
         self.episode = json.loads(message.data)
+
+    def now_ns(self) -> int:
+        """Return the time by the node's clock, which stamps of a bag carry too."""
+        return int(self._node.get_clock().now().nanoseconds)
 
     # waiting -------------------------------------------------------------------------------
 

@@ -114,8 +114,8 @@ class PolicyNode(ManagedNode):
         serving, self.serving = self.serving, None
         if serving is not None and not serving.end():
             self.get_logger().error(
-                'the policy hangs; its thread is left behind and its memory stays in use until '
-                'this process ends'
+                'the policy does not come back; its thread is left behind and its memory stays in '
+                'use until this process ends'
             )
 
     def listen(self) -> None:
@@ -126,6 +126,7 @@ class PolicyNode(ManagedNode):
             self._on_description(taken[0])
         if self.serving is not None:
             self.serving.listen()
+        self._watch()
 
     # callbacks -----------------------------------------------------------------------------
 
@@ -195,7 +196,7 @@ class PolicyNode(ManagedNode):
 
     def _watch(self) -> None:
         """Stop what only the graph can tell, and publish what changed; at 20 Hz and on calls."""
-        serving = self.serving
+        serving = self._ready()
         if serving is not None:
             self._watch_graph(serving)
         now = time.monotonic()
@@ -207,6 +208,11 @@ class PolicyNode(ManagedNode):
             self._report(changed=changed, periodic=now >= self._report_at)
         if now >= self._report_at:
             self._report_at = now + REPORT_PERIOD_S
+
+    def _ready(self) -> Serving | None:
+        """Return what serves the policy once it is loaded; half of it has nothing to tell."""
+        serving = self.serving
+        return serving if serving is not None and serving.inference is not None else None
 
     def _watch_graph(self, serving: Serving) -> None:
         control = serving.control
@@ -222,7 +228,7 @@ class PolicyNode(ManagedNode):
 
     def _present_edge(self) -> tuple[Any, ...]:
         """What ~/status must tell at once."""
-        serving = self.serving
+        serving = self._ready()
         if serving is None:
             return (self.state_label, self._estop_sentence)
         guard = serving.guard
@@ -231,7 +237,7 @@ class PolicyNode(ManagedNode):
         )
 
     def _report(self, *, changed: bool, periodic: bool) -> None:
-        serving = self.serving
+        serving = self._ready()
         active = False
         if serving is not None:
             active = serving.guard.state is State.RUNNING and not serving.dry_run
@@ -250,7 +256,7 @@ class PolicyNode(ManagedNode):
             self._diagnostics.publish(array)
 
     def _input_statuses(self) -> list[Any]:
-        serving = self.serving
+        serving = self._ready()
         if serving is None:
             return []
         now_ns = time.monotonic_ns()

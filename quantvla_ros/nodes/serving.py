@@ -89,7 +89,7 @@ class Serving:
     def connect(self, node: Node) -> None:
         """Create publishers, subscriptions and the thread; end undoes also a part of it."""
         self.commands = CommandPublisher(
-            node, self.contract, self.limiter.acceleration, self.values['trajectory.lead_s']
+            node, self.contract, self.limiter, self.values['trajectory.lead_s']
         )
         self._undo.append(self.commands.destroy)
         self.inputs = Inputs(node, self.contract, self.builder)
@@ -149,6 +149,10 @@ class Serving:
     def begin(self, wait: Wait) -> None:
         """Wait for fresh inputs and a controller, then tick; nothing moves before enable."""
         self.refuse_stuck()
+        # Before the inputs: a collection of all that torch has made takes 0.1 s and more, in which
+        # they would grow old. Frozen, it never happens while the control thread ticks.
+        gc.collect()
+        gc.freeze()
         timeout_s = self.values['freshness.wait_s']
         self.builder.clear()
         self.freshness = self._new_freshness()
@@ -159,8 +163,6 @@ class Serving:
             )
         if self.needs_controller and not wait(self.controller_listens, timeout_s):
             raise ValueError(self.no_controller())
-        gc.collect()
-        gc.freeze()  # a collection of all that torch has made would hold the control tick up
         self.control = ControlThread(
             self.tick, self.contract.controller.rate_hz, self.values['control_priority']
         )
@@ -173,6 +175,7 @@ class Serving:
             raise ValueError('the node is not active; activate it first')
         if self.needs_controller and not self.controller_listens():
             raise ValueError(self.no_controller())
+        self.inputs.listen()  # what waits behind this very call must not look late
         problems = self.problems()
         if problems:
             raise ValueError('cannot start: ' + '; '.join(problems))
@@ -266,6 +269,7 @@ class Serving:
 
     def halt(self) -> None:
         """Bring the arm to rest within its limits, then stop ticking."""
+        gc.unfreeze()
         if self.control is None:
             return
         self.guard.stop('deactivated', 'the node was deactivated')
@@ -277,7 +281,6 @@ class Serving:
         self.control = None
         if self.inference is not None:
             self.inference.cancel()
-        gc.unfreeze()
 
     def end(self) -> bool:
         """Give everything back; False when the inference thread hangs and was left behind."""

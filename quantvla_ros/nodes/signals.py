@@ -25,6 +25,15 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._note)
 
+    @staticmethod
+    def ignore() -> None:
+        """Ignore further signals: call it last, for the interpreter's own end is not ours.
+
+        While it ends, Python gives signals their deadly default back, except ignored ones.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: Any) -> None:
         del number, frame
         self._set.set()

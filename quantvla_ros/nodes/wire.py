@@ -11,7 +11,9 @@ from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
 from quantvla_ros.contract import Contract, Gripper
+from quantvla_ros.control.limits import JointLimiter
 from quantvla_ros.nodes.commands import (
+    Bounds,
     CommandOrder,
     GripperSwitch,
     braking_trajectory,
@@ -52,16 +54,17 @@ class GripperAction:
 class CommandPublisher:
     """Publishes setpoints to the controller and to the gripper of a contract.
 
-    acceleration: (joints,) limits in the order of action.joints. publish is for the control
+    limiter: of action.joints. publish is for the control
     thread; the rest is for the executor.
     """
 
     def __init__(
-        self, node: Any, contract: Contract, acceleration: np.ndarray, lead_s: float
+        self, node: Any, contract: Contract, limiter: JointLimiter, lead_s: float
     ) -> None:
         self.contract = contract
         self._order = CommandOrder(contract)
-        self._acceleration = acceleration[self._order.arm]
+        arm = self._order.arm
+        self._bounds = Bounds(limiter.lower[arm], limiter.upper[arm], limiter.acceleration[arm])
         self._lead_s = lead_s
         self._forward = contract.controller.kind == 'forward_command'
         if not self._forward and lead_s < 1.0 / contract.controller.rate_hz:
@@ -87,7 +90,7 @@ class CommandPublisher:
             self.publisher.publish(make_forward(arm))
         else:
             points = braking_trajectory(
-                arm, velocities[self._order.arm], self._acceleration, self._lead_s
+                arm, velocities[self._order.arm], self._bounds, self._lead_s
             )
             self.publisher.publish(make_trajectory(self.contract.controller.joints, points))
         if self._order.gripper is None:

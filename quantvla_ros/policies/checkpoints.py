@@ -172,8 +172,11 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str = 'cpu',
     only: str = '',
+    skip: frozenset[str] = frozenset(),
 ) -> None:
     """Assign every tensor of a model (or of the part whose names start with `only`).
+
+    skip: modules that something else will take the place of; their tensors are not read.
 
     The keys of the whole model are checked even when a part is read, so that a streamed load
     refuses as early as a whole one. Raises CheckpointError; the model then holds no weights.
@@ -181,13 +184,13 @@ def load(
     found = plan(source, shapes_of(model), key_map, dead)
     tensors = {}
     for name, (key, place) in found.items():
-        if name.startswith(only):
+        if name.startswith(only) and name.rpartition('.')[0] not in skip:
             tensors[name] = place.turn(source.read(key)).to(device, dtype).contiguous()
-    model.load_state_dict(tensors, strict=not only, assign=True)
+    model.load_state_dict(tensors, strict=not only and not skip, assign=True)
     left = [
         name
         for name, value in model.state_dict().items()
-        if value.is_meta and name.startswith(only)
+        if value.is_meta and name.startswith(only) and name.rpartition('.')[0] not in skip
     ]
     if left:
         raise CheckpointError(f'{len(left)} tensors have no value: {", ".join(left[:SHOWN])}')

@@ -113,7 +113,11 @@ def _check_config(head: Mapping[str, Any]) -> None:
 
 
 def open_groot(
-    folder: Folder, agreement: Agreement, settings: PolicySettings, dtype: torch.dtype
+    folder: Folder,
+    agreement: Agreement,
+    settings: PolicySettings,
+    dtype: torch.dtype,
+    skip: frozenset[str],
 ) -> Served:
     """Read a GR00T N1.5 folder. Raises CheckpointError or TokenizerError."""
     config = folder.config
@@ -125,7 +129,7 @@ def open_groot(
         )
     tag, embodiment = _embodiment(folder, agreement)
     model, fill = groot_network(folder, horizon, embodiment)
-    fill(dtype=dtype, device=settings.device)
+    fill(dtype=dtype, device=settings.device, skip=skip)
     if folder.format == 'lerobot':
         state, action = _lerobot_statistics(folder.path)
     else:

@@ -17,7 +17,7 @@ HEAD = 'action_head'
 BLOCKS = f'{HEAD}.model.transformer_blocks'
 CONTEXT = f'{HEAD}.vl_self_attention.transformer_blocks'
 
-_BLOCK = pairs(
+BLOCK = pairs(
     *((f'attn1.to_{x}', f'attn.{x}_proj') for x in 'qkv'),
     ('attn1.to_out.0', 'attn.o_proj'),
     ('ff.net.0.proj', 'mlp.fc1'),
@@ -35,9 +35,9 @@ RULES = [
     (f'{EAGLE}.language_model.model.norm.weight', 'backbone.norm.weight'),
     *pairs((f'{HEAD}.vlln', 'context_norm')),
     *layered(CONTEXT, 'context_layers', [
-        *_BLOCK, *pairs(('norm1', 'attn_norm'), ('norm3', 'mlp_norm')),
+        *BLOCK, *pairs(('norm1', 'attn_norm'), ('norm3', 'mlp_norm')),
     ]),
-    *layered(BLOCKS, 'blocks', [*_BLOCK, *pairs(('norm1.linear', 'attn_norm.dense'))]),
+    *layered(BLOCKS, 'blocks', [*BLOCK, *pairs(('norm1.linear', 'attn_norm.dense'))]),
     *pairs(
         (f'{HEAD}.model.timestep_encoder.timestep_embedder.linear_1', 'time_in'),
         (f'{HEAD}.model.timestep_encoder.timestep_embedder.linear_2', 'time_out'),

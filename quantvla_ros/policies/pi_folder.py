@@ -65,8 +65,13 @@ def pi_network(folder: Folder, horizon: int) -> tuple[Any, Callable[..., None]]:
     return model, fill
 
 
-def open_pi(folder: Folder, agreement: Agreement, settings: PolicySettings,
-            dtype: torch.dtype) -> Served:
+def open_pi(
+    folder: Folder,
+    agreement: Agreement,
+    settings: PolicySettings,
+    dtype: torch.dtype,
+    skip: frozenset[str],
+) -> Served:
     """Read a pi0 or pi0.5 folder. Raises CheckpointError or TokenizerError."""
     config, lerobot = folder.config, folder.format == 'lerobot'
     horizon = int(config.get('chunk_size', 0)) if lerobot else agreement.horizon
@@ -75,7 +80,7 @@ def open_pi(folder: Folder, agreement: Agreement, settings: PolicySettings,
             f'the checkpoint computes {horizon} steps; the contract asks for {agreement.horizon}'
         )
     model, fill = pi_network(folder, horizon)
-    fill(dtype=dtype, device=settings.device)
+    fill(dtype=dtype, device=settings.device, skip=skip)
     state, action = _statistics(folder, agreement)
     tokenizer = load_tokenizer(folder.path, agreement.tokenizer, folder.family)
     sizes = model.config

@@ -8,7 +8,7 @@ the shared flow loop. Deterministic: a chunk depends on observation, seed and pr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,10 @@ from quantvla_ros.policies import flow, rtc, savings
 from quantvla_ros.policies.agreement import read_agreement
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.door import Door
+from quantvla_ros.policies.embedding import HostEmbedding, Int8Embedding
 from quantvla_ros.policies.folders import Served, identify
+from quantvla_ros.quant.artifact import JSON_NAME, read_artifact
+from quantvla_ros.quant.linear import QuantizedLayer, denoising_step, replace_linears
 
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16}
 # family -> 'module:function' that reads a folder of it
@@ -51,15 +54,27 @@ def opener(family: str) -> Callable[..., Served]:
     return getattr(importlib.import_module(module), name)
 
 
+def quantized_layers(model: Path, precision: str) -> Mapping[str, QuantizedLayer]:
+    """Layers of the artifact beside a checkpoint; none for a float precision.
+
+    Raises ValueError that lists the precisions there are.
+    """
+    if precision in DTYPES:
+        return {}
+    folder = model / precision
+    if not (folder / JSON_NAME).is_file():
+        beside = sorted(path.parent.name for path in model.glob(f'*/{JSON_NAME}'))
+        raise ValueError(
+            f'precision {precision!r} is not one of {", ".join([*DTYPES, *beside])}; '
+            f'quantize the checkpoint into {folder} first'
+        )
+    return read_artifact(folder).layers
+
+
 class FlowPolicy:
     """A policy from a folder that users have. Raises ValueError when anything does not fit."""
 
     def __init__(self, contract: Contract, settings: PolicySettings) -> None:
-        if settings.precision not in DTYPES:
-            raise ValueError(
-                f'precision {settings.precision!r} is unknown to this policy; '
-                f'known are {", ".join(DTYPES)}'
-            )
         if not settings.model:
             raise ValueError('model is empty; name the folder of a checkpoint')
         if settings.threads:
@@ -71,8 +86,12 @@ class FlowPolicy:
                 f'{folder.path} is {folder.family}, which does not denoise a chunk; '
                 'set policy to the family of the folder'
             )
-        dtype = DTYPES[settings.precision]
-        served = opener(folder.family)(folder, agreement, settings, dtype)
+        layers = quantized_layers(folder.path, settings.precision)
+        self.dtype = DTYPES.get(settings.precision, DTYPES['float'])
+        served = opener(folder.family)(
+            folder, agreement, settings, self.dtype, frozenset(layers)
+        )
+        replace_linears(served.model, layers)
         self._start(contract, settings, served, Door(
             contract, agreement, served.slots, served.state, served.action))
 
@@ -82,10 +101,15 @@ class FlowPolicy:
         self.contract, self.served, self.door = contract, served, door
         self.model = served.model
         self.device = torch.device(settings.device)
-        self.dtype = DTYPES[settings.precision]
         self.steps = served.steps
         self.conditions = savings.condition_table(self.model, self.steps)
         self.savings = savings.drop_unused(self.model, self.steps)
+        # a prompt reads a few rows of a large table: off the accelerator, or small where the
+        # rest is small
+        if self.device.type != 'cpu':
+            self.model.embedding = HostEmbedding(self.model.embedding)
+        elif settings.precision not in DTYPES:
+            self.model.embedding = Int8Embedding(self.model.embedding)
 
     @torch.inference_mode()
     def prepare(self, observation: Observation) -> Prepared:
@@ -112,7 +136,8 @@ class FlowPolicy:
         sign = -1.0 if self.model.NOISE_TIME == 1.0 else 1.0
 
         def velocity(x: Tensor, step: int) -> Tensor:
-            v = self.model.velocity(context.context, x.to(self.dtype), self.conditions[step])
+            with denoising_step(step):
+                v = self.model.velocity(context.context, x.to(self.dtype), self.conditions[step])
             return sign * v.float()
 
         guidance = None if prefix is None else self._guidance(context, prefix)

@@ -86,7 +86,11 @@ def _stack(shapes: Shapes, name: str) -> Any:
 
 
 def open_smolvla(
-    folder: Folder, agreement: Agreement, settings: PolicySettings, dtype: torch.dtype
+    folder: Folder,
+    agreement: Agreement,
+    settings: PolicySettings,
+    dtype: torch.dtype,
+    skip: frozenset[str],
 ) -> Served:
     """Read a SmolVLA folder. Raises CheckpointError or TokenizerError."""
     config = folder.config
@@ -97,7 +101,7 @@ def open_smolvla(
             f'the checkpoint computes {sizes.horizon} steps; the contract asks for '
             f'{agreement.horizon}'
         )
-    fill(dtype=dtype, device=settings.device)
+    fill(dtype=dtype, device=settings.device, skip=skip)
     state, action = lerobot_statistics(folder.path, config)
     tokenizer = load_tokenizer(folder.path, agreement.tokenizer, 'smolvla')
     longest = int(config.get('tokenizer_max_length', 48))

@@ -120,20 +120,28 @@ class CameraLoop:
             self._thread.join()
 
     def _run(self) -> None:
-        last_stamp = 0
         try:
             while not self._stop.is_set():
                 begin = time.monotonic()
-                snapshot, names = self._newest(), self._wanted()
-                if snapshot is None or not names or snapshot.stamp_ns == last_stamp:
-                    self._stop.wait(IDLE_S)
-                    continue
-                last_stamp = snapshot.stamp_ns
-                for name, picture in self._rig.render(snapshot, names).items():
-                    self._deliver(name, picture, snapshot.stamp_ns)
-                    self.pictures += 1
-                self._stop.wait(max(0.0, 1.0 / self._rate_hz() - (time.monotonic() - begin)))
+                names = self._wanted()
+                for name in names:
+                    self._picture(name)
+                pause = 1.0 / self._rate_hz() if names else IDLE_S
+                self._stop.wait(max(0.0, pause - (time.monotonic() - begin)))
         except Exception:  # the border of a thread: the node says it and ends
             self._failed()
         finally:
             self._rig.close()
+
+    def _picture(self, name: str) -> None:
+        """Render one camera from the newest state and deliver it at once.
+
+        Each camera sees its own instant, as real ones do: waiting for the other would make every
+        picture older by a rendering.
+        """
+        snapshot = self._newest()
+        if snapshot is None or self._stop.is_set():
+            return
+        picture = self._rig.render(snapshot, [name])[name]
+        self._deliver(name, picture, snapshot.stamp_ns)
+        self.pictures += 1

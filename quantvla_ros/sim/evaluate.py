@@ -34,7 +34,7 @@ from quantvla_ros.sim.episodes import (
     check_contract,
 )
 from quantvla_ros.sim.players import Player, play_in_processes, play_on_ray
-from quantvla_ros.sim.scenes import Scene, check_task, load_scene, pack
+from quantvla_ros.sim.scenes import SUITES, Scene, check_task, load_scene, pack
 
 PROGRESS_S = 10.0
 DECIDING_PACKAGES = ('mujoco', 'torch', 'numpy')
@@ -137,7 +137,7 @@ def episodes_of(args: argparse.Namespace) -> list[Episode]:
     found = []
     for suite in (name.strip() for name in args.suite.split(',')):
         check_task(suite, 0)
-        for task in parse_numbers(args.tasks) or range(_tasks_in(suite)):
+        for task in parse_numbers(args.tasks) or range(SUITES[suite]):
             check_task(suite, task)
             found += [
                 Episode(variant, suite, task, start, args.cap or cap_of(suite))
@@ -145,12 +145,6 @@ def episodes_of(args: argparse.Namespace) -> list[Episode]:
                 for variant in variants_of(args)
             ]
     return found
-
-
-def _tasks_in(suite: str) -> int:
-    from quantvla_ros.sim.scenes import SUITES
-
-    return SUITES[suite]
 
 
 # -- what decides an episode ----------------------------------------------------------------------

@@ -27,6 +27,9 @@ SIM_NODE: tuple[Parameter, ...] = (
               'and moves on by one control period for each.', allowed=('realtime', 'lockstep')),
     Parameter('clock', False, '', START,
               'Publish /clock and stamp with simulated time; lockstep always does.'),
+    Parameter('pace', 1.0, '', START,
+              'realtime: simulated seconds per second; below 1 is slow motion on /clock, for a '
+              'machine that cannot keep up.', 0.01, 1.0),
     Parameter('controller', 'contract', '', START,
               "Which controller is emulated; contract takes the contract's.",
               allowed=('contract', 'forward_command', 'joint_trajectory')),

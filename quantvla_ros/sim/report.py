@@ -165,7 +165,9 @@ def as_text(summary: Mapping[str, Any]) -> str:
             f'{p["first"]} against {p["second"]}, {p["pairs"]} pairs: only the first '
             f'{p["only_first"]}, only the second {p["only_second"]}, McNemar p = {p["p"]:.3g}'
         )
-    out.append(f'step caps: {_caps(summary)}; {summary["machine"]}')
+    plain = asdict(Settings())
+    changed = [f'{k} {v}' for k, v in summary['settings'].items() if v != plain[k]]
+    out.append('; '.join([f'step caps: {_caps(summary)}', *changed, summary['machine']]))
     return '\n'.join([*out, summary['caveat']])
 
 

@@ -55,6 +55,9 @@ class RobosuiteWorld:
             self._bind()
             self.model.body_pos[:], self.model.body_quat[:] = self._fixtures
             self.env.set_init_state(self._official[start])
+        gripper = self.env.robots[0].gripper
+        # robosuite keeps what the fingers were told in the episode before
+        gripper.current_action = np.zeros_like(gripper.current_action)
         controller = self.env.robots[0].controller
         controller.output_max = np.full(7, MAX_STEP_RAD)
         controller.output_min = -controller.output_max

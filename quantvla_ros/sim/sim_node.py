@@ -8,23 +8,21 @@ does everything in turn, so that the same commands give the same states to the l
 
 from __future__ import annotations
 
-import array
 import json
 import signal
 import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 import rclpy
-from builtin_interfaces.msg import Time
 from rcl_interfaces.msg import SetParametersResult
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.qos import QoSProfile
 from rclpy.signals import SignalHandlerOptions
 from rosgraph_msgs.msg import Clock as ClockMessage
 from sensor_msgs.msg import CompressedImage, Image, JointState
@@ -35,7 +33,8 @@ from trajectory_msgs.msg import JointTrajectory
 from quantvla_ros.action import NS_PER_S
 from quantvla_ros.contract import load_contract
 from quantvla_ros.nodes.names import COMMAND, LATCHED, ROBOT_DESCRIPTION, SENSOR
-from quantvla_ros.nodes.parameters import declare, read
+from quantvla_ros.nodes.parameters import check, declare, read
+from quantvla_ros.nodes.pictures import image_message, jpeg_message, stamp
 from quantvla_ros.nodes.signals import STOP
 from quantvla_ros.sim.cameras import CameraLoop, CameraRig, Snapshot, View, check_views
 from quantvla_ros.sim.controller_rules import read_message
@@ -49,35 +48,6 @@ EPISODE_PERIOD_S = 1.0  # ~/episode at least this often, in simulated time
 SIM_TIME_START_NS = NS_PER_S  # a stamp of 0 means "not stamped" to everyone
 TRAJECTORY_TOPIC = 'arm_controller/joint_trajectory'
 FORWARD_TOPIC = 'arm_controller/commands'
-DEEP = QoSProfile(depth=1000, reliability=COMMAND.reliability)  # lockstep must not drop commands
-
-
-def stamp(time_ns: int) -> Time:
-    """Return nanoseconds as a message stamp."""
-    return Time(sec=time_ns // NS_PER_S, nanosec=time_ns % NS_PER_S)
-
-
-def image_message(picture: np.ndarray, encoding: str, frame: str, time_ns: int) -> Image:
-    """Return a raw picture; through array.array, the one way that does not take 40 ms."""
-    pixels = picture if encoding == 'rgb8' else np.ascontiguousarray(picture[:, :, ::-1])
-    data = array.array('B')
-    data.frombytes(pixels.data.cast('B'))
-    height, width = picture.shape[:2]
-    message = Image(height=height, width=width, encoding=encoding, step=3 * width, data=data)
-    message.header.stamp, message.header.frame_id = stamp(time_ns), frame
-    return message
-
-
-def jpeg_message(picture: np.ndarray, quality: int, frame: str, time_ns: int) -> CompressedImage:
-    """Return a picture as JPEG."""
-    import cv2
-
-    done, packed = cv2.imencode('.jpg', picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not done:
-        raise ValueError('cv2 could not encode a picture as JPEG')
-    message = CompressedImage(format='rgb8; jpeg compressed bgr8', data=packed.tobytes())
-    message.header.stamp, message.header.frame_id = stamp(time_ns), frame
-    return message
 
 
 class SimNode(Node):
@@ -91,7 +61,8 @@ class SimNode(Node):
         self.contract = load_contract(values['contract'])
         self.lockstep = values['mode'] == 'lockstep'
         self._sim_time = (self.lockstep or values['clock']
-                          or bool(self.get_parameter('use_sim_time').value))
+                          or bool(self.get_parameter('use_sim_time').value)
+                          or values['pace'] < 1.0)
         self._sim_ns = SIM_TIME_START_NS
         kind = values['controller']
         self.robot = SimRobot(
@@ -99,7 +70,7 @@ class SimNode(Node):
             values['interpolate_from_desired_state'], values['allow_partial_joints'],
             values['max_texture'])
         self._period_ns = round(self.robot.period_s * NS_PER_S)
-        self._pacer = Pacer(self.robot.period_s, time.monotonic_ns)
+        self._pacer = Pacer(self.robot.period_s / values['pace'], time.monotonic_ns)
         self._stop = threading.Event()
         self.failed = False
         self._newest: Snapshot | None = None  # written by physics, read by cameras
@@ -109,6 +80,8 @@ class SimNode(Node):
         self._views = [View(c.name, values['camera.width'] or c.width,
                             values['camera.height'] or c.height) for c in self.contract.cameras]
         self._rig = CameraRig(self._views)
+        # of lockstep: GL contexts belong to one thread
+        self._painter = ThreadPoolExecutor(max_workers=1, thread_name_prefix='cameras')
         self._physics = threading.Thread(target=self._run_physics, name='physics', daemon=True)
         self._cameras = CameraLoop(
             self._rig, lambda: self._newest, self._wanted_cameras,
@@ -148,7 +121,7 @@ class SimNode(Node):
             self._jpeg_pubs[camera.name] = self.create_publisher(CompressedImage, topic, SENSOR)
 
     def _make_inputs(self) -> None:
-        contract, qos = self.contract, DEEP if self.lockstep else COMMAND
+        contract, qos = self.contract, COMMAND
         own = contract.controller.topic
         if self.robot.kind == 'forward_command':
             topic = own if contract.controller.kind == 'forward_command' else FORWARD_TOPIC
@@ -182,7 +155,8 @@ class SimNode(Node):
             self._physics.join()
         self._cameras.stop()
         if self.lockstep:
-            self._rig.close()
+            self._painter.submit(self._rig.close).result()
+            self._painter.shutdown()
 
     # -- time ------------------------------------------------------------------------------------
 
@@ -237,21 +211,32 @@ class SimNode(Node):
             self._render_now()
 
     def _render_now(self) -> None:
+        """Render the present in a thread of its own and wait for it.
+
+        A pair of pictures can take longer than a receiver's patience with joint states, which
+        is wall time even here: so the present is repeated meanwhile.
+        """
         assert self._newest is not None
-        self._last_camera_ns = self._sim_ns
-        self._pictures = self._rig.render(self._newest, self._wanted_cameras())
-        for name, picture in self._pictures.items():
-            self._publish_picture(name, picture, self._newest.stamp_ns)
+        rendering = self._painter.submit(self._rig.render, self._newest, self._wanted_cameras())
+        while not wait([rendering], timeout=1.0 / STATE_HZ).done:
+            self._repeat()
+        self._pictures, self._last_camera_ns = rendering.result(), self._newest.stamp_ns
+        self._send_pictures()
 
     def _send_again(self) -> None:
         """Repeat the present while time stands still, so that nothing looks silent."""
         now = self.now_ns()
         if self._newest is None or self._newest.stamp_ns != now:
             self._newest = self.robot.snapshot(now)
-        self._publish_state(now)
         if set(self._wanted_cameras()) - set(self._pictures):
             self._render_now()
-            return
+        self._repeat()
+
+    def _repeat(self) -> None:
+        self._publish_state(self.now_ns())
+        self._send_pictures()
+
+    def _send_pictures(self) -> None:
         for name, picture in self._pictures.items():
             self._publish_picture(name, picture, self._last_camera_ns)
 
@@ -275,8 +260,8 @@ class SimNode(Node):
             self._step()
 
     def _check_parameters(self, changed: list[Any]) -> SetParametersResult:
-        values = {**read(self, SIM_NODE), **{p.name: p.value for p in changed}}
-        found = problems(values)
+        # suite and task are checked together at ~/reset: a client sets them one after the other
+        found = check({parameter.name: parameter.value for parameter in changed}, SIM_NODE)
         return SetParametersResult(successful=not found, reason='; '.join(found))
 
     def _on_reset(self, request: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
@@ -328,7 +313,8 @@ class SimNode(Node):
     def _report(self) -> str:
         report = self.robot.report()
         report['mode'] = 'lockstep' if self.lockstep else 'realtime'
-        report['real_time_factor'] = self._pacer.real_time_factor()
+        factor, pace = self._pacer.real_time_factor(), self.get_parameter('pace').value
+        report['real_time_factor'] = None if factor is None else factor * pace
         report['pictures'] = self._cameras.pictures
         return json.dumps(report)
 
@@ -366,6 +352,8 @@ class SimNode(Node):
 def main(argv: list[str] | None = None) -> int:
     """Run the simulated robot until SIGINT or SIGTERM; return the exit status."""
     STOP.install()
+    # 0.5 ms instead of 5 bounds how long Python work of one thread keeps the physics waiting
+    sys.setswitchinterval(0.0005)
     rclpy.init(args=argv, signal_handler_options=SignalHandlerOptions.NO)
     try:
         node = SimNode()

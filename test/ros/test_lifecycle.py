@@ -3,9 +3,11 @@
 
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
+from conftest import Served
 from fault_policies import SweepPolicy
 from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.parameter import Parameter
@@ -43,6 +45,21 @@ def test_node_goes_up_and_down_again_and_leaves_no_thread(robot, serve):
         assert served.node.state_label == 'unconfigured'
         assert threading.active_count() == before
         assert robot.node.count_publishers('/robot/arm/commands') == 0
+
+
+def test_destroyed_node_leaves_no_service_that_nobody_serves(robot, contract_path):
+    served = Served(contract_path)
+    ours = '/robot/policy_node/change_state'
+
+    def names():
+        return [name for name, _ in robot.node.get_service_names_and_types()]
+
+    while ours not in names():
+        pass
+    served.close()
+    deadline = time.monotonic() + PATIENCE_S
+    while ours in names():
+        assert time.monotonic() < deadline, 'the service is still on the graph'
 
 
 def test_configure_without_robot_description_names_its_topic(robot, serve, said):

@@ -201,9 +201,13 @@ def test_a_command_of_the_wrong_width_deactivates_the_controller_until_reset(loc
 
 def test_a_reset_starts_what_the_parameters_say_and_refuses_what_there_is_not(lockstep):
     sim = lockstep.sim
-    wrong = sim.set_parameters([Parameter('task', value=50)])[0]
-    assert not wrong.successful and '0 to 9' in wrong.reason
-    assert sim.set_parameters([Parameter('init', value=7)])[0].successful
+    assert not sim.set_parameters([Parameter('suite', value='libero_gaol')])[0].successful
+    assert sim.set_parameters([Parameter('task', value=50)])[0].successful
+    refused = lockstep.call('sim_node/reset')
+    assert not refused.success and '0 to 9' in refused.message
+    assert json.loads(lockstep.call('sim_node/success').message)['task'] == SCENE['task']
+    for name, value in (('task', SCENE['task']), ('init', 7)):
+        assert sim.set_parameters([Parameter(name, value=value)])[0].successful
     report = reset(lockstep)
     assert (report['init'], report['step'], report['success']) == (7, 0, False)
     lockstep.until(lambda: json.loads(lockstep.last['sim_node/episode'].data)['init'] == 7)

@@ -3,11 +3,14 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from quantvla_ros import cli
 from quantvla_ros.sim import evaluate, players
 from quantvla_ros.sim.episodes import Episode, Outcome, Settings, Variant
+from quantvla_ros.sim.robosuite_world import RobosuiteWorld
+from quantvla_ros.sim.world import CLOSE, make_world
 
 pytestmark = pytest.mark.sim
 HOLD = ['--policy', 'hold', '--suite', 'libero_object', '--tasks', '2', '--cap', '8']
@@ -110,6 +113,29 @@ def test_video_of_any_episode(tmp_path):
 
 def test_shipped_policy_solves_an_official_start(tmp_path):
     """The weights belong to the package: without them this fails."""
-    options = ['--suite', 'libero_object', '--tasks', '2', '--inits', '0', '--workers', '1']
+    options = ['--suite', 'libero_object', '--tasks', '2', '--inits', '0', '--workers', '1',
+               '--steps', '2']
     assert cli.main(['eval', *options, '--out', str(tmp_path)]) == 0
     assert [x['status'] for x in lines(tmp_path)] == ['success']
+
+
+def test_robosuite_itself_moves_and_sees_what_world_does():
+    """robosuite's textures are the originals; so are those of a scene packed without a limit."""
+    real, world = RobosuiteWorld('libero_object', 2), make_world('libero_object', 2)
+    try:
+        assert real.scene.instruction == world.scene.instruction
+        for start in (1, 0):  # the second reset must leave nothing of the first
+            real.reset_official(start)
+            world.reset_official(start)
+            target = world.joint_state()[:7] + 0.1
+            for _ in range(10):
+                real.step(target, CLOSE)
+                world.step(target, CLOSE)
+            assert np.abs(real.joint_state() - world.joint_state()).max() < 1e-9
+        for camera in ('agentview', 'wrist'):
+            seen = [w.render(camera).astype(float) for w in (real, world)]
+            assert np.abs(seen[0] - seen[1]).mean() < 0.5
+        assert real.success() is world.success() is False
+    finally:
+        real.close()
+        world.close()

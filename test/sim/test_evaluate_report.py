@@ -60,6 +60,11 @@ def test_text_names_the_caps_and_the_action_space(summary):
     assert 'OSC_POSE' in text
 
 
+def test_text_names_every_setting_that_is_not_the_default():
+    text = report.as_text(report.summarize(LINES, Settings(slip=True, noise_rad=0.02)))
+    assert 'noise_rad 0.02; slip True' in text
+
+
 def test_page_holds_the_last_frames_and_escapes_errors(summary, tmp_path):
     png = tmp_path / 'frame.png'
     report.write_png(png, np.zeros((4, 8, 3), np.uint8))

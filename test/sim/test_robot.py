@@ -126,6 +126,15 @@ def test_success_is_noted_at_the_step_it_is_reached(forward):
     assert forward.success_now()
 
 
+def test_a_random_start_is_drawn_by_its_seed(forward):
+    states = []
+    for seed in (1, 1, 2):
+        forward.start(replace(EPISODE, init=-1, seed=seed))
+        states.append(forward.snapshot(0).qpos)
+    np.testing.assert_array_equal(states[0], states[1])
+    assert np.abs(states[2] - states[0]).max() > 1e-3
+
+
 def test_another_task_that_does_not_exist_leaves_the_episode_as_it_is(forward):
     with pytest.raises(ValueError, match='0 to 9'):
         forward.start(Episode('libero_10', 12, 0))

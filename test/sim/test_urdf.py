@@ -7,10 +7,22 @@ import pytest
 from quantvla_ros.control.urdf import read_urdf_limits
 from quantvla_ros.sim.rendering import mujoco
 from quantvla_ros.sim.scenes import load_scene
-from quantvla_ros.sim.urdf import ARM_JOINTS, FINGER_JOINTS, robot_description, roll_pitch_yaw
+from quantvla_ros.sim.urdf import (
+    ARM_JOINTS,
+    FINGER_JOINTS,
+    LINKS,
+    robot_description,
+    roll_pitch_yaw,
+)
 from quantvla_ros.sim.world import World
 
 pytestmark = pytest.mark.sim
+
+
+def matrix(quaternion):
+    found = np.zeros(9)
+    mujoco.mju_quat2Mat(found, quaternion)
+    return found.reshape(3, 3)
 
 
 @pytest.fixture(scope='module')
@@ -74,6 +86,25 @@ def test_the_optical_frame_of_the_wrist_looks_where_the_camera_looks(world, pars
         np.testing.assert_allclose(frame.xpos, seen.xpos - base, atol=1e-6)
         forward = -seen.xmat.reshape(3, 3)[:, 2]
         np.testing.assert_allclose(frame.xmat.reshape(3, 3)[:, 2], forward, atol=1e-6)
+
+
+def test_the_box_of_each_link_holds_its_collision_mesh(world, parsed):
+    model, checked = world.model, 0
+    for body, link in LINKS.items():
+        number = world.body_id(body)
+        boxes = [g for g in range(parsed.ngeom) if parsed.geom_bodyid[g] == parsed.body(link).id]
+        for geom in range(model.geom_bodyid.searchsorted(number),
+                          model.geom_bodyid.searchsorted(number, 'right')):
+            if not model.geom_contype[geom] or model.geom_dataid[geom] < 0:
+                continue
+            mesh = model.mesh(model.geom_dataid[geom])
+            vertices = model.mesh_vert[mesh.vertadr[0] : mesh.vertadr[0] + mesh.vertnum[0]]
+            points = vertices @ matrix(model.geom_quat[geom]).T + model.geom_pos[geom]
+            assert any(
+                np.all(np.abs((points - parsed.geom_pos[box]) @ matrix(parsed.geom_quat[box]))
+                       <= parsed.geom_size[box] + 1e-5) for box in boxes), link
+            checked += 1
+    assert checked >= 8
 
 
 def test_writing_it_does_not_touch_the_world(world):

@@ -255,6 +255,8 @@ def test_namespace_moves_every_node_and_recorded_topic():
 def test_lockstep_puts_every_node_on_the_clock_of_the_simulator():
     sim, policy = graph_named('sim').processes({'mode': 'lockstep'})
     assert policy.parameters['use_sim_time'] is True
+    slow = graph_named('sim').processes({'pace': '0.5', 'record': 'true'})
+    assert all(process.parameters.get('use_sim_time', True) for process in slow)
     assert graph_named('sim').processes()[1].parameters['use_sim_time'] is False
 
 

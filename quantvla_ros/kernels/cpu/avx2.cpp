@@ -87,12 +87,17 @@ struct Isa : Base {
   static void tile(const Tile& t) {
     constexpr int SHIFT = FIELDS == 1 ? 7 : FIELDS == 2 ? 3 : 1;
     const uint8_t* p = t.panel;
+    // With few rows the sums of one chain wait for each other: give each field its own.
+    constexpr int CHAINS = ROWS <= 2 ? FIELDS : 1;
     for (int64_t g = 0; g < t.groups; ++g) {
-      __m256i sum[ROWS][2];
+      __m256i sum[CHAINS][ROWS][2];
 #pragma GCC unroll 6
-      for (int i = 0; i < ROWS; ++i)
-        sum[i][0] = sum[i][1] =
+      for (int i = 0; i < ROWS; ++i) {
+        sum[0][i][0] = sum[0][i][1] =
             _mm256_slli_epi32(_mm256_set1_epi32(t.sums[i * t.groups + g]), SHIFT);
+#pragma GCC unroll 4
+        for (int c = 1; c < CHAINS; ++c) sum[c][i][0] = sum[c][i][1] = _mm256_setzero_si256();
+      }
       const int8_t* x = t.x + g * t.group;
       const uint8_t* end = p + t.group / FIELDS * NR;
       for (; p < end; p += 64, x += 4 * FIELDS) {
@@ -102,15 +107,21 @@ struct Isa : Base {
 #pragma GCC unroll 6
           for (int i = 0; i < ROWS; ++i) {
             const __m256i token = quad(x + i * t.ldx + 4 * f);
-            sum[i][0] = dot(sum[i][0], left, token);
-            sum[i][1] = dot(sum[i][1], right, token);
+            __m256i* to = sum[CHAINS > 1 ? f : 0][i];
+            to[0] = dot(to[0], left, token);
+            to[1] = dot(to[1], right, token);
           }
         }
       }
 #pragma GCC unroll 6
       for (int i = 0; i < ROWS; ++i) {
-        flush(sum[i][0], t.scales + g * NR, g == 0, t.out + i * NR);
-        flush(sum[i][1], t.scales + g * NR + 8, g == 0, t.out + i * NR + 8);
+#pragma GCC unroll 4
+        for (int c = 1; c < CHAINS; ++c) {
+          sum[0][i][0] = _mm256_add_epi32(sum[0][i][0], sum[c][i][0]);
+          sum[0][i][1] = _mm256_add_epi32(sum[0][i][1], sum[c][i][1]);
+        }
+        flush(sum[0][i][0], t.scales + g * NR, g == 0, t.out + i * NR);
+        flush(sum[0][i][1], t.scales + g * NR + 8, g == 0, t.out + i * NR + 8);
       }
     }
   }
@@ -154,6 +165,8 @@ struct Isa : Base {
           const __m256i token = quad(x + i * ldx + 4 * (step * FIELDS + f));
           part[i][0] = _mm256_add_epi16(part[i][0], _mm256_maddubs_epi16(left, token));
           part[i][1] = _mm256_add_epi16(part[i][1], _mm256_maddubs_epi16(right, token));
+          // Keeps the compiler from summing in another order, which needs more registers.
+          asm("" : "+x"(part[i][0]), "+x"(part[i][1]));
         }
       }
     const __m256i ones = _mm256_set1_epi16(1);

@@ -59,7 +59,7 @@ struct Isa {
   static constexpr int NR = 64, MR = 6, KK = 4, W8_OFFSET = 128;
 
   template <int ROWS, int FIELDS>
-  static void tile(const Tile& t) {
+  static void tile(Tile t) {  // by value: stores of vectors may alias a reference
     constexpr int BITS = 8 / FIELDS, SHIFT = BITS == 2 ? 1 : BITS == 4 ? 3 : 7;
     // With few rows the sums of one chain wait for each other: give each field its own.
     constexpr int CHAINS = ROWS * FIELDS <= 4 ? FIELDS : 1;

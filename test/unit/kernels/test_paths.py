@@ -13,7 +13,7 @@ from kernel_cases import EXACT, far, packed, shapes
 from quantvla_ros.kernels import reference, weights
 from quantvla_ros.kernels.layer import Options, make_native
 
-GENERATED = settings(max_examples=60, deadline=None,
+GENERATED = settings(max_examples=30, deadline=None,
                      suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

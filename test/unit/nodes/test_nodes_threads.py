@@ -28,6 +28,7 @@ class Script:
         self.gate.set()
         self.stops, self.merged, self.seeds, self.resets, self.prefixes = [], [], [], 0, []
         self.refusals = []
+        self.plan = object()
 
     def build(self):
         return SimpleNamespace(stamp_ns=self.clock.now_ns(), spread_ns=lambda: 0)
@@ -59,6 +60,9 @@ class Script:
         if self.late is None:
             self.merged.append((chunk, prefixed))
         return self.late
+
+    def sample(self, now_ns):
+        return self.plan
 
     def remaining(self, start_ns):
         return f'plan from {start_ns}'
@@ -198,6 +202,27 @@ def test_refused_chunk_is_counted_told_and_tried_again_at_once(thread, script):
     settle(thread)
     assert (inference.refused, inference.chunks) == (1, 1)
     assert told == ['chunk refused: chunk holds nan']
+
+
+@pytest.mark.parametrize('running', [True, False])
+def test_first_chunk_holds_from_now_on_and_later_ones_from_their_observation(
+    thread, script, running
+):
+    script.plan = object() if running else None
+    script.gate.clear()
+    inference = make(thread, script)
+    inference.poke(script.clock.now_ns())
+    while thread._jobs.qsize():
+        pass
+    seen = threading.Event()
+    inference.on_chunk = lambda chunk: seen.set()
+    observed_ns = script.clock.now_ns()
+    script.build = lambda: SimpleNamespace(stamp_ns=observed_ns, spread_ns=lambda: 0)
+    script.clock.advance(1.5)
+    script.gate.set()
+    assert seen.wait(PATIENCE_S)
+    stamp_ns = script.merged[0][0].stamp_ns
+    assert stamp_ns in ((observed_ns, observed_ns + 1) if running else (script.clock.now_ns(),))
 
 
 def test_late_chunk_is_noted_with_the_guard(thread, script):

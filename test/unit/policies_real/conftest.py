@@ -4,10 +4,20 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from quantvla_ros.bench.random_weights import read_fixture, rebuild
 
 FIXTURES = Path(__file__).parents[2] / 'fixtures' / 'policies'
+
+
+@pytest.fixture(scope='session', autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine cost more than small networks do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='session')

@@ -64,6 +64,7 @@ def test_accelerations_make_the_way_a_quintic_that_meets_them():
     t = 1e-3
     moved = controller.sample(ns(0.5 + t), REST)[0] - 1.0
     assert moved == pytest.approx(0.5 * 4.0 * t**2, rel=0.05)
+    np.testing.assert_allclose(controller.sample(ns(1.0 - 1e-6), REST), [2.0, 1.0], atol=1e-9)
 
 
 def test_a_first_point_at_time_zero_is_a_jump():

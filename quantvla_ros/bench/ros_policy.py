@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test policies for `quantvla bench ros`: one takes a constant time, one keeps a core busy.
+
+They hold the arm but for a few micrometres that number the chunk, so that a command on the wire
+tells which chunk it came from. Settings come in `model`: 'sleep SECONDS LOG', 'busy SECONDS LOG'.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from quantvla_ros.action import ActionChunk
+from quantvla_ros.contract import Contract
+from quantvla_ros.observation import Observation
+from quantvla_ros.policies.base import PolicySettings
+
+MARK = 1e-6  # rad that a chunk's number is multiplied with
+MARKS = 1000
+
+
+class ConstantTime:
+    """Sleeps, or multiplies matrices on one core, for a stated time; logs when it ended."""
+
+    def __init__(self, contract: Contract, settings: PolicySettings) -> None:
+        self.contract = contract
+        kind, seconds, log = (settings.model or 'sleep 0.02 ').split(' ', 2)
+        if kind not in ('sleep', 'busy'):
+            raise ValueError(f"model is {settings.model!r}; expected 'sleep' or 'busy', seconds")
+        self._busy, self._seconds = kind == 'busy', float(seconds)
+        self._log = Path(log) if log else None
+        self._matrix = np.random.default_rng(0).standard_normal((192, 192)).astype(np.float32)
+        self._number = 0
+        self._pose: np.ndarray | None = None
+
+    def prepare(self, observation: Observation) -> tuple[int, float, Observation]:
+        """Note the time, and how old the newest picture is."""
+        age_ms = (time.time_ns() - max(observation.image_stamps_ns.values())) / 1e6
+        return time.monotonic_ns(), age_ms, observation
+
+    def denoise(
+        self,
+        context: tuple[int, float, Observation],
+        seed: int,
+        prefix: ActionChunk | None = None,
+    ) -> ActionChunk:
+        """Take the time, then hold the first pose seen, plus the mark of this chunk."""
+        del seed, prefix
+        start_ns, age_ms, observation = context
+        end_ns = start_ns + round(self._seconds * 1e9)
+        while self._busy and time.monotonic_ns() < end_ns:
+            self._matrix @ self._matrix
+        time.sleep(max(0.0, (end_ns - time.monotonic_ns()) / 1e9))
+        action = self.contract.action
+        order = [observation.joint_names.index(name) for name in action.joints]
+        if self._pose is None:
+            self._pose = observation.joint_positions[order].copy()
+        self._number = (self._number + 1) % MARKS
+        target = self._pose.copy()
+        target[0] += MARK * self._number
+        positions = np.tile(target, (action.horizon, 1))
+        if self._log is not None:
+            note = {'mark': self._number, 'start_ns': start_ns, 'end_ns': time.monotonic_ns(),
+                    'picture_age_ms': age_ms}
+            with self._log.open('a') as file:
+                file.write(json.dumps(note) + '\n')
+        return ActionChunk(action.joints, positions, observation.stamp_ns, action.step_dt_s)
+
+    def reset(self) -> None:
+        """Start from the pose of the next observation."""
+        self._pose = None

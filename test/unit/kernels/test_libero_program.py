@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recorded form of the shipped network computes what the network computes."""
+
+import copy
+
+import pytest
+import torch
+from kernel_cases import far
+from torch import nn
+
+from quantvla_ros.kernels import dispatch, weights
+from quantvla_ros.policies.libero_program import ChunkProgram
+from quantvla_ros.policies.libero_vla import LiberoVlaNet, VlaConfig
+
+SMALL = VlaConfig(image=32, views=2, words=3, vision_width=128, vision_layers=1, vision_mlp=128,
+                  width=256, layers=2, heads=4, kv_heads=2, mlp=192, action_width=128,
+                  action_layers=2, action_heads=2, action_kv_heads=1, action_mlp=128, chunk=4)
+STEPS = 3
+
+
+def eight_bits(name, linear):
+    del name
+    w = linear.weight.detach()
+    if min(w.shape) < 16:
+        return weights.keep(w)
+    scales = w.abs().amax(1) / 127
+    return weights.pack(torch.round(w / scales[:, None]).long(), scales, 8)
+
+
+def mixed(name, linear):
+    """Rows of two widths in another order, so that nothing can be stacked."""
+    whole = eight_bits(name, linear)
+    if whole.bits == 16:
+        return whole
+    order, half = torch.randperm(whole.shape[0]), whole.shape[0] // 2
+    eight = weights.PackedWeight(8, (half, whole.shape[1]), 0, whole.data[order[:half]],
+                                 whole.scales[order[:half]])
+    return weights.mix([(eight, order[:half]),
+                        (weights.keep(linear.weight.detach()[order[half:]]), order[half:])],
+                       whole.shape[0])
+
+
+class Replaced(nn.Module):
+    def __init__(self, linear, weight):
+        super().__init__()
+        self.layer = dispatch.prepare(weight, linear.bias)
+        self.weight = linear.weight
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(1)
+    made = LiberoVlaNet(SMALL).eval()
+    for parameter in made.parameters():  # no zero that could hide a missing term
+        if float(parameter.detach().abs().max()) in (0.0, 1.0):
+            nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1)
+    return made
+
+
+@torch.inference_mode()
+def plain(net, images, words, state, noise):
+    context, x = net.prefix(images, words, state), noise
+    for i in range(STEPS):
+        time = torch.full((1,), i / STEPS)
+        x = x + net.velocity(context, x, net.modulation(time)) / STEPS
+    return x
+
+
+def inputs():
+    return (torch.rand(1, 2, 3, 32, 32) * 2 - 1, torch.randint(0, 64, (1, 3)),
+            torch.randn(1, 9), torch.randn(1, 4, 8))
+
+
+@pytest.mark.parametrize('weight_of', [eight_bits, mixed])
+def test_the_program_equals_the_network_on_the_same_integers(net, weight_of):
+    replaced = copy.deepcopy(net)
+    kept = {name: weight_of(name, module) for name, module in net.named_modules()
+            if isinstance(module, nn.Linear)}
+    outside = ('backbone.state', 'action.state', 'action.time_in', 'action.time_out')
+    for name, weight in kept.items():
+        if name not in outside:
+            parent, _, child = name.rpartition('.')
+            owner = replaced.get_submodule(parent)
+            setattr(owner, child, Replaced(getattr(owner, child), weight))
+    program = ChunkProgram(net, lambda name, linear: kept[name], STEPS)
+    given = inputs()
+    program.prefix(*given[:3])
+    y, truth = program.denoise(given[3]), plain(replaced, *given)
+    # equal but for values near a tie, which a norm summed in another order may round apart
+    assert far(y, truth) < 0.01
+    assert far(y, plain(net, *given)) < 0.05 and far(truth, given[3]) > 0.2
+
+
+def test_a_second_observation_leaves_nothing_of_the_first(net):
+    program = ChunkProgram(net, eight_bits, STEPS)
+    first, second = inputs(), inputs()
+    results = []
+    for given in (first, second, first):
+        program.prefix(*given[:3])
+        results.append(program.denoise(given[3]))
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])

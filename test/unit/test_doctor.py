@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor finds what is wrong and says what to do."""
+
+import argparse
+
+from quantvla_ros import doctor
+
+
+def run(capsys, contract='libero_panda', model=''):
+    status = doctor.run(argparse.Namespace(contract=contract, model=model))
+    return status, capsys.readouterr().out
+
+
+def test_healthy_machine_is_told_part_by_part(capsys):
+    status, out = run(capsys)
+    assert status == 0, out
+    for name in ('python', 'ros', 'cv2', 'gl', 'torch', 'compiler', 'cpu', 'contract'):
+        assert f' {name} ' in out
+
+
+def test_broken_contract_fails_with_its_problems(capsys, tmp_path):
+    (tmp_path / 'mine.yaml').write_text('contract: 1\nrobot: mine\n')
+    status, out = run(capsys, contract=str(tmp_path / 'mine.yaml'))
+    assert status == 1
+    assert 'BAD' in out and 'cameras' in out
+
+
+def test_two_providers_of_cv2_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr(
+        doctor.importlib.metadata, 'packages_distributions',
+        lambda: {'cv2': ['opencv-python', 'opencv-python-headless']})
+    status, out = run(capsys)
+    assert status == 1
+    assert 'opencv-python, opencv-python-headless overwrite each other' in out
+
+
+def test_folder_without_weights_is_no_model(capsys, tmp_path):
+    status, out = run(capsys, model=str(tmp_path))
+    assert status == 1
+    assert 'holds no *.safetensors' in out
+    (tmp_path / 'model.safetensors').write_bytes(bytes(10))
+    assert run(capsys, model=str(tmp_path))[0] == 0
