@@ -264,10 +264,10 @@ _ALL = (
         takes='Smoothing, one Hadamard of 64 fused with the quantization of each token, GPTQ '
         'with the Hessian of the transformed frame.',
         differs='Everything is quantized, action attention and vision included; each layer takes '
-        'the transform with the least output error when weight and tokens are rounded; tokens '
-        'count in GPTQ by what the action feels of them; rows are rescaled by least squares at '
-        'no cost; inputs of o and down projections stay one width higher; nothing that cannot '
-        'leave the integer sum.',
+        'the transform with the least output error when weight and tokens are rounded; the '
+        'Hessian holds the noise that rounding adds to tokens; rows are never clipped; inputs of '
+        'o and down projections stay one width higher; nothing that cannot leave the integer '
+        'sum.',
         transform=(
             Search((
                 (Hadamard(64),),
@@ -277,7 +277,7 @@ _ALL = (
                 (Smooth(0.5),),
             )),
         ),
-        rounding=Gptq(guided=True, refit=True, noisy=True),
+        rounding=Gptq(search=False, noisy=True),
         raise_sensitive=True,
     ),
 )
