@@ -5,7 +5,7 @@ import pytest
 import torch
 from toy import WIDTH, ToyNet, directions, frames, runner, toy_sites
 
-from quantvla_ros.kernels.weights import MixedWeight
+from quantvla_ros.kernels.weights import MixedWeight, dequantize
 from quantvla_ros.quant.convert import (
     quantize_linear,
     quantize_net,
@@ -16,7 +16,8 @@ from quantvla_ros.quant.fit import Fit, fit_transform, trial_error
 from quantvla_ros.quant.linear import QuantLinear, denoising_step
 from quantvla_ros.quant.observe import InputStatistics, observe
 from quantvla_ros.quant.recipes import RECIPES, Gptq, Hadamard, Recipe, Search, Smooth
-from quantvla_ros.quant.scheme import PerStep, parse_scheme
+from quantvla_ros.quant.rounding import gptq
+from quantvla_ros.quant.scheme import PerRow, PerStep, parse_scheme
 from quantvla_ros.quant.simulate import SimulatedLinear, round_tokens, simulate
 from quantvla_ros.quant.transforms import InputTransform
 
@@ -170,10 +171,10 @@ def offset_layer():
     return weight, seen, x
 
 
-def layer_output_error(rounding):
+def layer_output_error(rounding, precision='w4a8'):
     weight, seen, x = offset_layer()
     recipe = Recipe('one', '', '', '', rounding=rounding)
-    layer = quantize_linear(recipe, weight, None, seen, parse_scheme('w4a8'))
+    layer = quantize_linear(recipe, weight, None, seen, parse_scheme(precision))
     return (SimulatedLinear(layer)(x) - x @ weight.T), x
 
 
@@ -194,3 +195,17 @@ def test_noise_of_tokens_is_that_of_their_rounding():
     found = token_noise(Fit(InputTransform()), seen, parse_scheme('w4a4'))
     true = (round_tokens(x, 4) - x).double().pow(2).mean()
     assert found == pytest.approx(float(true), rel=0.1)
+
+
+def test_noisy_gptq_rounds_with_the_hessian_of_rounded_tokens():
+    weight, seen, _ = offset_layer()
+    scheme = parse_scheme('w4a4')
+    noise = token_noise(Fit(InputTransform()), seen, scheme)
+    layers = [
+        quantize_linear(Recipe('one', '', '', '', rounding=Gptq(search=False, noisy=noisy)),
+                        weight, None, seen, scheme)
+        for noisy in (True, False)
+    ]
+    expected = gptq(weight, seen.hessian + noise * torch.eye(64), 4, PerRow(), search=False)
+    torch.testing.assert_close(dequantize(layers[0].weight), expected.dequantized())
+    assert not torch.equal(layers[0].weight.data, layers[1].weight.data)
