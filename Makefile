@@ -11,6 +11,7 @@ demo: $(STAMP)
 	$(PY) -m quantvla_ros demo
 
 test: lint
+	bash .ci/arm-tools
 	$(PY) -m pytest
 
 lint: $(STAMP)

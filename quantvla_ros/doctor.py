@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `quantvla doctor`."""
     parser.add_argument('--contract', default='libero_panda',
                         help='check this contract, by name or path')
-    parser.add_argument('--model', default='', help='check that this folder can be read')
+    parser.add_argument('model', nargs='?', default='',
+                        help='folder of a checkpoint: what it is, whether it is whole')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,7 +64,7 @@ def examine(contract: str, model: str) -> Iterator[Finding]:
     yield from kernels()
     yield from checked('contract', contract, check_contract)
     if model:
-        yield from checked('model', model, check_model)
+        yield from model_findings(model, contract)
 
 
 def checked(name: str, what: str, check: Callable[[str], str]) -> Iterator[Finding]:
@@ -164,12 +165,14 @@ def cpu_flags() -> str:
 
 
 def kernels() -> Iterator[Finding]:
-    """Tell which kernels will run, once that room can say so."""
-    if importlib.util.find_spec('quantvla_ros.kernels.dispatch') is None:
+    """Tell which integer kernels run, and why not the others."""
+    if importlib.util.find_spec('torch') is None:
         return
-    describe = getattr(importlib.import_module('quantvla_ros.kernels.dispatch'), 'describe', None)
-    if describe is not None:
-        yield Finding(OK, 'kernels', str(describe()))
+    about = importlib.import_module('quantvla_ros.kernels.dispatch').describe()
+    reference = str(about.get('kernels', '')).startswith('reference')
+    for name, text in about.items():
+        level = NOTE if reference and name == 'kernels' else OK
+        yield Finding(level, 'kernels', text if name == 'kernels' else f'{name}: {text}')
 
 
 def check_contract(name: str) -> str:
@@ -180,13 +183,24 @@ def check_contract(name: str) -> str:
             f'{contract.controller.rate_hz:g} Hz')
 
 
-def check_model(folder: str) -> str:
-    """Say what a model folder holds. Raises FileNotFoundError."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise FileNotFoundError(f'{folder} is not a folder')
-    weights = sorted(path.glob('*.safetensors'))
-    if not weights:
-        raise FileNotFoundError(f'{folder} holds no *.safetensors')
-    size = sum(file.stat().st_size for file in weights)
-    return f'{folder}: {len(weights)} weight file(s), {size / 1e6:.0f} MB'
+def model_findings(folder: str, contract: str) -> Iterator[Finding]:
+    """Say what a model folder is, whether it is whole, and what still lacks."""
+    path = Path(folder).expanduser()
+    if (path / 'policy.json').is_file():
+        from quantvla_ros.policies.libero_checkpoint import read_checkpoint
+
+        yield from checked(
+            'model', folder,
+            lambda _: f'{folder}: {read_checkpoint(path)[1].parameter_count / 1e6:.1f} million '
+            'weights of the shipped kind, every key, shape and hash right',
+        )
+        return
+    from quantvla_ros.doctor_model import describe_model
+
+    try:
+        agreed = load_contract(contract)
+    except (ValueError, FileNotFoundError):
+        agreed = None  # the contract's own line tells
+    for number, line in enumerate(describe_model(path, agreed)):
+        bad = number == 0 and line.startswith('not a model')
+        yield Finding(BAD if bad else OK, 'model', line)

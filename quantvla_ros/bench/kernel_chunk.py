@@ -9,31 +9,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from quantvla_ros.kernels import dispatch, weights
-from quantvla_ros.policies.libero_program import ChunkProgram, WeightOf
+from quantvla_ros.policies import flow
+from quantvla_ros.policies.libero_program import ChunkProgram, Part, PartOf
 from quantvla_ros.policies.libero_vla import LiberoVlaNet, VlaConfig
 
 STEPS = 10
 SMALL = 16  # linears with fewer rows or columns stay at 16 bits: action in and out
 
 
-def rounded(bits: int, group: int = 0) -> WeightOf:
+def rounded(bits: int, act_bits: int, group: int = 0) -> PartOf:
     """Round to nearest: enough for a measurement of time."""
-    def weight_of(name: str, linear: nn.Linear) -> weights.Weight:
-        del name
+    def part_of(module: nn.Module) -> Part:
+        linear = cast(nn.Linear, module)
         w = linear.weight.detach().float()
         if min(w.shape) < SMALL:
-            return weights.keep(w)
+            return Part(weights.keep(w), linear.bias)
         grouped = w.unflatten(1, (-1, group or w.shape[1]))
         scales = grouped.abs().amax(-1).clamp_min(1e-9) / weights.RANGES[bits][1]
         q = torch.round(grouped / scales[..., None]).flatten(1).to(torch.int8)
-        return weights.pack(q, scales, bits, group)
-    return weight_of
+        return Part(weights.pack(q, scales, bits, group), linear.bias, act_bits)
+    return part_of
 
 
 def float_form(net: LiberoVlaNet, inputs: tuple[Tensor, ...], compiled: bool) -> Callable[[], Any]:
@@ -59,11 +60,13 @@ def float_form(net: LiberoVlaNet, inputs: tuple[Tensor, ...], compiled: bool) ->
 def integer_form(net: LiberoVlaNet, inputs: tuple[Tensor, ...], bits: int, act_bits: int
                  ) -> tuple[Callable[[], Any], int]:
     """Return the same as recorded programs, and the bytes of its low-bit weights."""
-    program = ChunkProgram(net, rounded(bits), STEPS, act_bits)
+    program = ChunkProgram(net, rounded(bits, act_bits), STEPS)
 
     def run() -> Tensor:
-        program.prefix(*inputs[:3])
-        return program.denoise(inputs[3])
+        context = program.prefix(*inputs[:3])
+        return flow.denoise(
+            lambda x, step: program.velocity(context, x, step), inputs[3], STEPS
+        )
 
     return run, program.nbytes
 

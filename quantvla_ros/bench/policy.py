@@ -95,11 +95,10 @@ def measure(
     context = policy.prepare(seen)
     chunk = policy.denoise(context, 0)
     ready_s = time.perf_counter() - began
-    x = torch.zeros(1, policy.config.chunk, policy.config.action, dtype=policy.dtype)
+    x = torch.zeros(1, policy.config.chunk, policy.config.action)
 
-    @torch.inference_mode()
     def one_step() -> None:
-        policy.net.velocity(context.context, x, policy.modulation[:1])
+        policy.velocity(context, x, 0)
 
     return {
         'prepare': _times_ms(lambda: policy.prepare(seen), repeats),

@@ -84,6 +84,7 @@ class HoldPolicy:
 # name -> 'module:class', imported when asked for and made with (contract, settings)
 POLICIES: dict[str, str] = {
     'hold': 'quantvla_ros.policies.base:HoldPolicy',
+    'expert': 'quantvla_ros.sim.expert_policy:ExpertPolicy',
     'constant_time': 'quantvla_ros.bench.ros_policy:ConstantTime',  # for `quantvla bench ros`
     'pi05': 'quantvla_ros.policies.runtime:FlowPolicy',
     'pi0': 'quantvla_ros.policies.runtime:FlowPolicy',

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from quantvla_ros.action import NS_PER_S, ActionChunk
 from quantvla_ros.contract import Contract
+from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies import flow
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.libero_checkpoint import Checkpoint, read_checkpoint
+from quantvla_ros.policies.libero_program import ChunkProgram, RecordedContext
 from quantvla_ros.policies.libero_quantized import read_quantized
 from quantvla_ros.policies.libero_vla import Context, LiberoVlaNet
 from quantvla_ros.quant.linear import denoising_step
@@ -127,7 +129,7 @@ def _contract_problems(checkpoint: Checkpoint, contract: Contract) -> list[str]:
 class Prepared:
     """Some encoded observations: the network's context, and what the chunks start from."""
 
-    context: Context
+    context: Context | list[RecordedContext]
     states: np.ndarray  # (batch, joints) SI
     stamps_ns: tuple[int, ...]
 
@@ -137,11 +139,12 @@ class LiberoVla:
 
     def __init__(self, contract: Contract, settings: PolicySettings) -> None:
         folder = Path(settings.model) if settings.model else share_path('models/libero_panda')
+        record = False
         if settings.precision in DTYPES:
             checkpoint, net = read_checkpoint(folder)
         else:
-            checkpoint, net = read_quantized(folder, settings.precision, settings.device)
-        self._start(contract, settings, checkpoint, net)
+            checkpoint, net, record = read_quantized(folder, settings.precision, settings.device)
+        self._start(contract, settings, checkpoint, net, record=record)
 
     @classmethod
     def around(
@@ -162,9 +165,12 @@ class LiberoVla:
         settings: PolicySettings,
         checkpoint: Checkpoint,
         net: LiberoVlaNet,
+        *,
+        record: bool = False,
     ) -> None:
         if settings.threads:
             torch.set_num_threads(settings.threads)
+            dispatch.set_threads(settings.threads)
         if settings.device != 'cpu':
             torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as on the CPU
         self.contract = contract
@@ -173,11 +179,12 @@ class LiberoVla:
         self.device = torch.device(settings.device)
         self.dtype = DTYPES.get(settings.precision, torch.float32)
         self.steps = settings.steps or checkpoint.steps
+        self.program = ChunkProgram(net, steps=self.steps) if record else None
         times = torch.tensor(flow.flow_times(self.steps))
         with torch.inference_mode():
             table = net.modulation(times)  # (steps, blocks, PARTS, 1, width), once for all chunks
         self.modulation = table.to(self.device, self.dtype)
-        self.net = net.to(self.device, self.dtype)
+        self.net = net if record else net.to(self.device, self.dtype)
 
     def prepare(self, observation: Observation) -> Prepared:
         """Encode one observation. Raises ValueError on unknown words or another camera size."""
@@ -199,22 +206,46 @@ class LiberoVla:
         Keeps gradients where they are asked for, so that calibration can ask what the action
         feels; prepare_batch runs it without.
         """
+        tensors, states = self._inputs(observations)
+        return self.net.prefix(*tensors), states
+
+    def _inputs(
+        self, observations: Sequence[Observation]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], np.ndarray]:
+        """Return images, words and state as the network reads them, and the states in SI."""
         states = np.stack([self.door.state(observation) for observation in observations])
         frames = torch.from_numpy(np.stack([self.door.images(o) for o in observations]))
         words = np.stack([self.door.vocabulary.encode(o.instruction) for o in observations])
         images = frames.to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
-        context = self.net.prefix(
+        normalized = torch.from_numpy(self.door.normalize_state(states))
+        return (
             images.to(self.dtype),
             torch.from_numpy(words).to(self.device),
-            torch.from_numpy(self.door.normalize_state(states)).to(self.device, self.dtype),
-        )
-        return context, states
+            normalized.to(self.device, self.dtype),
+        ), states
 
     @torch.inference_mode()
     def prepare_batch(self, observations: Sequence[Observation]) -> Prepared:
         """Encode several observations at once."""
-        context, states = self.encode(observations)
-        return Prepared(context, states, tuple(o.stamp_ns for o in observations))
+        stamps_ns = tuple(o.stamp_ns for o in observations)
+        if self.program is None:
+            context, states = self.encode(observations)
+            return Prepared(context, states, stamps_ns)
+        inputs = [self._inputs([observation]) for observation in observations]
+        recorded = [self.program.prefix(*tensors) for tensors, _ in inputs]
+        return Prepared(recorded, np.concatenate([states for _, states in inputs]), stamps_ns)
+
+    @torch.inference_mode()
+    def velocity(self, prepared: Prepared, x: Tensor, step: int) -> Tensor:
+        """Velocity (batch, steps, action) of noisy normalised chunks at one denoising step."""
+        context = prepared.context
+        if isinstance(context, list):
+            assert self.program is not None
+            each = zip(context, x.split(1), strict=True)
+            return torch.cat([self.program.velocity(c, part, step) for c, part in each])
+        modulation = self.modulation[step : step + 1]
+        with denoising_step(step):
+            return self.net.velocity(context, x.to(self.dtype), modulation).float()
 
     @torch.inference_mode()
     def denoise_batch(
@@ -228,9 +259,7 @@ class LiberoVla:
         start = torch.from_numpy(np.stack([flow.noise(seed, shape) for seed in seeds]))
 
         def velocity(x: Tensor, step: int) -> Tensor:
-            modulation = self.modulation[step : step + 1]
-            with denoising_step(step):
-                return self.net.velocity(prepared.context, x.to(self.dtype), modulation).float()
+            return self.velocity(prepared, x, step)
 
         chunks = flow.denoise(velocity, start.to(self.device), self.steps, guidance)
         return [

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped network as two recorded programs: one for the prefix, one for all denoising steps.
+"""The shipped network as recorded programs: one for the prefix, one for each denoising step.
 
 What is left of the time once the products are integer ones is the interpreter between five hundred
-small layers. Here each observation costs one call for vision and backbone and one for the whole
-denoising loop; only the convolutional stem stays in torch. Owns no weight format: `weight_of`
-says what each linear layer became. Serves one observation at a time.
+small layers. Here an observation costs one call for vision and backbone and one for each step;
+only the convolutional stem stays in torch. Owns no weight format and no denoising loop: `part_of`
+says what each linear layer became, policies/flow.py integrates. Serves one observation at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,48 +19,115 @@ from torch import Tensor, nn
 
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.kernels.program import Norm, Program
-from quantvla_ros.kernels.weights import PackedWeight, Weight, stack
+from quantvla_ros.kernels.weights import PackedWeight, Weight, keep, stack
+from quantvla_ros.policies.flow import flow_times
 from quantvla_ros.policies.libero_vla import HEAD_WIDTH, NORM_EPS, ActionBlock, Block, LiberoVlaNet
+from quantvla_ros.quant.linear import KERNEL_HADAMARD, QuantizedLayer
 
-WeightOf = Callable[[str, nn.Linear], Weight]
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one linear layer became: weight, bias, bits of every token, block of the Hadamard."""
+
+    weight: Weight
+    bias: Tensor | None = None
+    act_bits: int = 8
+    hadamard: int = 0
+
+    def kind(self) -> tuple[int, int, int, int] | None:
+        """Layers of one kind may share a call; None for rows of mixed width."""
+        if not isinstance(self.weight, PackedWeight):
+            return None
+        return (self.weight.bits, self.weight.group, self.act_bits, self.hadamard)
 
 
-def _stackable(weights: Sequence[Weight]) -> bool:
-    kinds = {(w.bits, w.group) if isinstance(w, PackedWeight) else None for w in weights}
-    return len(kinds) == 1 and None not in kinds
+PartOf = Callable[[nn.Module], Part]
+
+
+def _part(layer: QuantizedLayer) -> Part:
+    weight, bias = layer.folded()
+    return Part(weight, bias, layer.scheme.act_bits, layer.transform.hadamards()[-1])
+
+
+class Stored(nn.Module):
+    """Stands for a linear layer in a network that is only recorded; holds what is recorded."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.out_features, self.in_features = layer.weight.shape
+        self.part: Part | None = _part(layer)
+
+
+def recordable(layers: Mapping[str, QuantizedLayer]) -> bool:
+    """Whether programs can serve all layers: dynamic tokens, at most one fused Hadamard."""
+
+    def one(layer: QuantizedLayer) -> bool:
+        transform = layer.transform
+        return (
+            isinstance(layer.weight, PackedWeight)
+            and layer.scheme.act_bits < 16
+            and layer.act_scales is None
+            and not transform.tensors()
+            and transform.hadamards() in ([0], [KERNEL_HADAMARD])
+        )
+
+    def alike(name: str) -> bool:
+        other = layers.get(name.replace('gate_proj', 'up_proj'))
+        return other is not None and _part(layers[name]).kind() == _part(other).kind()
+
+    return all(map(one, layers.values())) and all(
+        alike(name) for name in layers if name.endswith('gate_proj')
+    )
+
+
+def stored_part(module: nn.Module) -> Part:
+    """Take the part of a Stored layer, which lets go of it; a float linear is kept at 16 bits."""
+    if isinstance(module, Stored):
+        assert module.part is not None, 'recorded once'
+        return module.part
+    linear = cast(nn.Linear, module)
+    return Part(keep(linear.weight.detach()), linear.bias)
+
+
+class RecordedContext(NamedTuple):
+    """What one observation leaves for the action head; a copy that outlives the next one."""
+
+    keys_values: Tensor
+    start: Tensor
 
 
 class ChunkProgram:
-    """images, words, state -> denoised normalised chunk, as recorded programs.
+    """images, words, state -> context; context, noisy chunk, step -> velocity.
 
-    weight_of  (name, linear) -> the low-bit weight that replaces the linear's
-    steps      number of Euler steps of the flow from noise (time 0) to the chunk (time 1)
-    act_bits   8 or 4, of every token
+    part_of  module of a linear -> the Part that replaces it
+    steps    number of Euler steps of the flow from noise (time 0) to the chunk (time 1)
     """
 
-    def __init__(
-        self, net: LiberoVlaNet, weight_of: WeightOf, steps: int = 10, act_bits: int = 8
-    ) -> None:
-        self.net, self.steps, self.act_bits = net, steps, act_bits
-        self._weight_of = weight_of
-        self._names = {module: name for name, module in net.named_modules()}
+    def __init__(self, net: LiberoVlaNet, part_of: PartOf = stored_part, steps: int = 10) -> None:
+        self.net, self.steps = net, steps
+        self._part_of = part_of
         self.nbytes = 0
         c = net.config
-        self._layers: dict[tuple[nn.Linear, ...], list[dispatch.Layer]] = {}
+        self._layers: dict[tuple[nn.Module, ...], list[dispatch.Layer]] = {}
         self.patches = torch.empty(c.views * c.patches, c.vision_width)
         self.tokens = torch.empty(c.tokens, c.width)
         pairs = 2 * c.action_kv_heads * HEAD_WIDTH * c.action_layers
         self.keys_values = torch.empty(c.tokens, pairs)
         self.start = torch.empty(c.chunk, c.action_width)
         self.chunk = torch.empty(c.chunk, c.action)
+        self.speed = torch.empty(c.chunk, c.action)
+        self._loaded: RecordedContext | None = None  # whose keys and values lie in the buffers
         with torch.no_grad():
             self._prefix = self._record_prefix()
-            self._denoise = self._record_denoise()
+            self._steps = self._record_steps()
+        for module in net.modules():  # the kernels hold the weights now, in their own order
+            if isinstance(module, Stored):
+                module.part = None
 
     # -- recording -------------------------------------------------------------------------------
 
     def _layer(
-        self, linears: Sequence[nn.Linear], activation: str = 'none', up: nn.Linear | None = None
+        self, linears: Sequence[nn.Module], activation: str = 'none', up: nn.Module | None = None
     ) -> list[dispatch.Layer]:
         """One layer for linears that read the same input where they can be stacked, else several.
 
@@ -67,24 +135,21 @@ class ChunkProgram:
         """
         key = (*linears, *([up] if up is not None else []))
         if key not in self._layers:
-            found = [self._weight_of(self._names[linear], linear) for linear in linears]
-            biases: list[Tensor | None] = [linear.bias for linear in linears]
-            if _stackable(found) and len(found) > 1:
-                found = [stack(cast(list[PackedWeight], found))]
-                whole = [bias for bias in biases if bias is not None]
-                biases = [torch.cat(whole) if len(whole) == len(linears) else None]
-            other = None if up is None else self._weight_of(self._names[up], up)
+            other = None if up is None else self._part_of(up)
             made = [
-                dispatch.prepare(weight, bias, act_bits=self.act_bits, activation=activation,
-                                 up=other, up_bias=None if up is None else up.bias)
-                for weight, bias in zip(found, biases, strict=True)
+                dispatch.prepare(
+                    part.weight, part.bias, act_bits=part.act_bits, hadamard=part.hadamard,
+                    activation=activation, up=None if other is None else other.weight,
+                    up_bias=None if other is None else other.bias,
+                )
+                for part in _stacked([self._part_of(linear) for linear in linears])
             ]
             self.nbytes += sum(layer.nbytes for layer in made)
             self._layers[key] = made
         return self._layers[key]
 
     def _put(
-        self, program: Program, linears: Sequence[nn.Linear], x: Tensor, y: Tensor,
+        self, program: Program, linears: Sequence[nn.Module], x: Tensor, y: Tensor,
         norm: Norm | None = None, gate: Tensor | None = None, residual: Tensor | None = None,
     ) -> None:
         column = 0
@@ -96,11 +161,11 @@ class ChunkProgram:
     def _gated(
         self, program: Program, mlp: nn.Module, x: Tensor, norm: Norm, gate: Tensor | None
     ) -> None:
-        first, up = cast(nn.Linear, mlp.gate_proj), cast(nn.Linear, mlp.up_proj)
-        hidden = torch.empty(len(x), first.out_features)
+        first, up = cast(nn.Module, mlp.gate_proj), cast(nn.Module, mlp.up_proj)
+        hidden = torch.empty(len(x), cast(int, first.out_features))
         layer = self._layer([first], 'silu', up)[0]
         program.linear(layer, x, hidden, norm=norm)
-        self._put(program, [cast(nn.Linear, mlp.down_proj)], hidden, x, gate=gate, residual=x)
+        self._put(program, [cast(nn.Module, mlp.down_proj)], hidden, x, gate=gate, residual=x)
 
     def _block(self, program: Program, block: Block, x: Tensor, batch: int) -> None:
         """A vision or backbone block on x in place."""
@@ -117,10 +182,10 @@ class ChunkProgram:
         if hasattr(block.mlp, 'gate_proj'):
             self._gated(program, block.mlp, x, norm, None)
             return
-        fc1 = cast(nn.Linear, block.mlp.fc1)
-        hidden = torch.empty(len(x), fc1.out_features)
+        fc1 = cast(nn.Module, block.mlp.fc1)
+        hidden = torch.empty(len(x), cast(int, fc1.out_features))
         program.linear(self._layer([fc1], 'gelu_tanh')[0], x, hidden, norm=norm)
-        self._put(program, [cast(nn.Linear, block.mlp.fc2)], hidden, x, residual=x)
+        self._put(program, [cast(nn.Module, block.mlp.fc2)], hidden, x, residual=x)
 
     def _record_prefix(self) -> Program:
         net, program = self.net, Program()
@@ -138,21 +203,23 @@ class ChunkProgram:
                   Norm(NORM_EPS, net.backbone.norm.weight.detach()))
         return program
 
-    def _record_denoise(self) -> Program:
-        net, program, c = self.net, Program(), self.net.config
-        times = torch.arange(self.steps) / self.steps
+    def _record_steps(self) -> list[Program]:
+        net, c = self.net, self.net.config
         # (steps, blocks, 9, width)
-        self.modulation = net.modulation(times)[:, :, :, 0].contiguous()
-        step = torch.full((c.action,), 1.0 / self.steps)
+        self.modulation = net.modulation(torch.tensor(flow_times(self.steps)))[:, :, :, 0]
+        self.modulation = self.modulation.contiguous()
         h = torch.empty(c.chunk, c.action_width)
+        programs = []
         for i in range(self.steps):
+            program = Program()
             self._put(program, [net.action.enter], self.chunk, h, residual=self.start)
             for j, block in enumerate(net.action.blocks):
                 self._action_block(program, cast(ActionBlock, block), h,
                                    list(self.modulation[i, j]), j)
-            self._put(program, [net.action.leave], h, self.chunk, residual=self.chunk, gate=step,
+            self._put(program, [net.action.leave], h, self.speed,
                       norm=Norm(NORM_EPS, net.action.norm.weight.detach()))
-        return program
+            programs.append(program)
+        return programs
 
     def _action_block(
         self, program: Program, block: ActionBlock, h: Tensor, m: list[Tensor], index: int
@@ -174,7 +241,7 @@ class ChunkProgram:
     # -- running ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def prefix(self, images: Tensor, words: Tensor, state: Tensor) -> None:
+    def prefix(self, images: Tensor, words: Tensor, state: Tensor) -> RecordedContext:
         """Encode images (1, V, 3, H, W) in [-1, 1], words (1, W) and state (1, S)."""
         vision, backbone, action = self.net.vision, self.net.backbone, self.net.action
         x = images.flatten(0, 1)
@@ -188,13 +255,33 @@ class ChunkProgram:
         self.tokens[-1] = backbone.state(state)[0]
         torch.add(action.state(state), action.position[0], out=self.start)
         self._prefix.run()
+        self._loaded = RecordedContext(self.keys_values.clone(), self.start.clone())
+        return self._loaded
 
     @torch.inference_mode()
-    def denoise(self, noise: Tensor) -> Tensor:
-        """Noise (1, A, action) -> normalised chunk (1, A, action) for the encoded observation."""
-        self.chunk.copy_(noise[0])
-        self._denoise.run()
-        return self.chunk[None].clone()
+    def velocity(self, context: RecordedContext, x: Tensor, step: int) -> Tensor:
+        """Velocity (1, A, action) of a noisy normalised chunk x at one of the steps' times."""
+        if self._loaded is not context:
+            self.keys_values.copy_(context.keys_values)
+            self.start.copy_(context.start)
+            self._loaded = context
+        self.chunk.copy_(x[0])
+        self._steps[step].run()
+        return self.speed[None].clone()
+
+
+def _stacked(parts: list[Part]) -> list[Part]:
+    """Join parts of one kind into one whose rows follow each other; else return them as they are.
+
+    The biases must be all there or all missing.
+    """
+    kinds = {part.kind() for part in parts}
+    biases = [part.bias for part in parts if part.bias is not None]
+    if len(parts) == 1 or len(kinds) > 1 or None in kinds or len(biases) not in (0, len(parts)):
+        return parts
+    weight = stack([cast(PackedWeight, part.weight) for part in parts])
+    return [Part(weight, torch.cat(biases) if biases else None, parts[0].act_bits,
+                 parts[0].hadamard)]
 
 
 def _rotary(table: Tensor | None) -> tuple[Tensor, Tensor] | None:

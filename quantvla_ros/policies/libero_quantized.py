@@ -22,10 +22,11 @@ from quantvla_ros.policies.libero_checkpoint import (
     read_settings,
     weight_problems,
 )
+from quantvla_ros.policies.libero_program import Stored, recordable
 from quantvla_ros.policies.libero_vla import Attention, LiberoVlaNet, rotary_table
 from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.artifact import JSON_NAME, ArtifactError, read_artifact
-from quantvla_ros.quant.linear import QuantLinear, replace_linears
+from quantvla_ros.quant.linear import Make, QuantLinear, replace_linears
 from quantvla_ros.quant.simulate import simulate
 
 
@@ -47,11 +48,13 @@ def find_artifact(model: Path, precision: str) -> Path:
 
 def read_quantized(
     model: Path, precision: str, device: str = 'cpu'
-) -> tuple[Checkpoint, LiberoVlaNet]:
-    """Return the settings and the network with integer layers, ready to run.
+) -> tuple[Checkpoint, LiberoVlaNet, bool]:
+    """Return the settings, the network with integer layers, and whether it must be recorded.
 
-    On a device other than the CPU the layers are simulated: the same codes and scales, float
-    sums (quant/simulate.py). Raises FileNotFoundError, CheckpointError or ArtifactError.
+    Where programs can serve all layers, the network holds them as Stored, for a ChunkProgram; it
+    does not run by itself. Else each linear is a QuantLinear. On a device other than the CPU the
+    layers are simulated: the same codes and scales, float sums (quant/simulate.py).
+    Raises FileNotFoundError, CheckpointError or ArtifactError.
     """
     folder = find_artifact(model, precision)
     checkpoint = read_settings(model)
@@ -68,13 +71,14 @@ def read_quantized(
         net = LiberoVlaNet(checkpoint.config)
     sites = libero_vla_sites(net)
     artifact = read_artifact(folder, checkpoint.sha256, sites)
-    make = QuantLinear if device == 'cpu' else simulate
+    record = device == 'cpu' and recordable(artifact.layers)
+    make: Make = simulate if device != 'cpu' else Stored if record else QuantLinear
     try:
         replace_linears(net, artifact.layers, make)
     except (ValueError, AttributeError) as error:
         raise ArtifactError(f'{folder}: {error}') from error
     _fill(net, path)
-    return checkpoint, net.eval().requires_grad_(False)
+    return checkpoint, net.eval().requires_grad_(False), record
 
 
 def _fill(net: LiberoVlaNet, path: Path) -> None:

@@ -149,7 +149,7 @@ class AttentionCore(nn.Module):
         """
         batch, heads, tokens, width = q.shape
         grouped = q.reshape(batch, k.shape[1], -1, width)
-        return F.scaled_dot_product_attention(grouped, k, v).view(batch, heads, tokens, width)
+        return F.scaled_dot_product_attention(grouped, k, v).reshape(batch, heads, tokens, width)
 
 
 class Attention(nn.Module):

@@ -8,7 +8,9 @@ never steps; who owns the world steps it.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,9 @@ from quantvla_ros.sim.world import World
 RATE_HZ = 20.0
 TURN_SPEED = 1.6  # rad/s
 JOINT_SPEED = 1.0  # rad/s, of the fastest joint when the arm goes to a posture
+LOST_AFTER = 3  # steps without a finger on it, after which a thing counts as dropped
+REMEMBERED = ('queue', 'progress', 'tries', 'target', 'gripper', 'carried', 'lost', 'position',
+              'rotation', 'origin')
 SMOOTH_FROM = 4  # steps; shorter moves are not eased in and out
 
 
@@ -42,14 +47,18 @@ class Expert:
         self.tries: Counter[str] = Counter()
         self.target = self.world.arm_positions().copy()
         self.gripper = -1.0
+        self.carried: str | None = None
+        self.lost = 0
         self.position, self.rotation = self.arm.pose()
         self.origin = self.target.copy()
 
     def command(self) -> tuple[np.ndarray, float]:
         """Return the command for the present step; call it once per step of the world."""
+        self._notice_a_slip()
         while not self.queue:
             self.position, self.rotation = self.arm.pose_at(self.target)
             self.queue = self.planner.plan(self.target, self.tries)
+            self.carried, self.lost = self.around.holding(), 0
             self.progress = 0
         segment = self.queue[0]
         if isinstance(segment, Hold):
@@ -68,8 +77,25 @@ class Expert:
             self.progress = 0
         return self.target.copy(), self.gripper
 
+    def memory(self) -> dict[str, Any]:
+        """Return everything the expert remembers between two commands."""
+        return {name: copy.copy(getattr(self, name)) for name in REMEMBERED}
+
+    def recall(self, memory: dict[str, Any]) -> None:
+        """Go back to what was remembered then."""
+        for name, value in memory.items():
+            setattr(self, name, copy.copy(value))
+
+    def _notice_a_slip(self) -> None:
+        """Drop the plan when what it carries has left the closed hand."""
+        if self.carried is None or self.gripper < 0 or not self.queue:
+            return
+        self.lost = 0 if self.around.held_by_fingers(self.carried) else self.lost + 1
+        if self.lost >= LOST_AFTER:
+            self.queue, self.carried = [], None
+
     def _unfold(self, posture: Posture) -> int:
-        """Set the target of the present step on the way to a posture; return the steps it takes."""
+        """Set the target of the present step towards a posture; return how many it takes."""
         if self.progress == 0:
             self.origin = self.target.copy()
         way = posture.joints - self.origin

@@ -25,7 +25,7 @@ OPEN = 0.04  # m, each finger
 REACH_ERROR = 4e-3
 RIM_DIRECTIONS = 16
 # how far inside the rim in m and how much the hand leans outwards in rad, tried in this order
-RIM_WAYS = ((0.008, 0.0), (0.022, 0.0), (0.008, 0.6))
+RIM_WAYS = ((0.008, 0.0), (0.022, 0.0), (0.006, 0.3), (0.006, 0.42), (-0.004, 0.3))
 HOVER = 0.08  # m above a grasp
 KNOBBED = ('moka_pot',)
 Pose = tuple[np.ndarray, np.ndarray]  # position (3,), rotation (3, 3)
@@ -39,6 +39,19 @@ class Grasp:
     position: np.ndarray
     rotation: np.ndarray
     joints: np.ndarray
+
+    @property
+    def way(self) -> np.ndarray:
+        """From the grasp to the point above it; a leaning hand comes from aside."""
+        return _way(self.rotation)
+
+
+def _way(rotation: np.ndarray) -> np.ndarray:
+    outward = -rotation[:2, 2]
+    lean = float(np.linalg.norm(outward))
+    if lean < 0.05:
+        return np.array([0.0, 0.0, HOVER])
+    return np.append(0.09 / lean * outward, HOVER)
 
 
 def body_candidates(points: np.ndarray) -> Iterator[Pose]:
@@ -161,8 +174,9 @@ def _has_room(
     """Whether the open hand hits nothing at a grasp and on the way down to it."""
     if around.hand_collides(joints, OPEN):
         return False
-    for height in (HOVER, 2 * HOVER):
-        joints, _ = arm.solve(position + [0, 0, height], rotation, joints)
+    way = _way(rotation)
+    for step in (way, way + [0, 0, HOVER]):
+        joints, _ = arm.solve(position + step, rotation, joints)
         if around.hand_collides(joints, OPEN):
             return False
     return True

@@ -43,6 +43,7 @@ from quantvla_ros.sim.parameters import SIM_NODE, problems
 from quantvla_ros.sim.robot import Episode, SimRobot
 from quantvla_ros.sim.urdf import JOINTS, optical_frame, robot_description
 
+STATE_SIZE = 128  # numbers in ~/state: qpos padded with zeros, since tasks differ in size
 STATE_HZ = 20.0  # of ~/state, and of what is sent again while lockstep waits
 EPISODE_PERIOD_S = 1.0  # ~/episode at least this often, in simulated time
 SIM_TIME_START_NS = NS_PER_S  # a stamp of 0 means "not stamped" to everyone
@@ -199,7 +200,9 @@ class SimNode(Node):
         every = max(1, round(1.0 / STATE_HZ / self.robot.period_s))
         if self._periods % every == 0 and self._state_pub.get_subscription_count():
             assert self._newest is not None
-            self._state_pub.publish(Float64MultiArray(data=self._newest.qpos.tolist()))
+            qpos = self._newest.qpos
+            padded = [*qpos.tolist(), *[0.0] * (STATE_SIZE - len(qpos))]
+            self._state_pub.publish(Float64MultiArray(data=padded))
 
     # -- lockstep --------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from quantvla_ros.sim.world import CLOSE, OPEN, World
 MARGIN = 0.03  # m kept above what is passed over
 HAND_REACH = 0.05  # m around the fingers that must be free
 SLOW = 0.18  # m/s near things
+LIFT = 0.75  # of the way to the point above a grasp
 DRAWER_TRAVEL = 0.155  # m; a drawer counts as open from 0.14
 KNOB_TURN = 0.85  # rad; a stove counts as on from 0.5
 SLOT = 0.042  # m from the middle of a cooker for each of two pots
@@ -108,7 +109,7 @@ class Skills:
         grasp = choose_grasp(self.around, self.arm, name, skip=tries)
         if grasp is None:
             return [*self.retreat(OPEN), Hold(OPEN, 4)]
-        above = grasp.position + [0, 0, HOVER]
+        above = grasp.position + grasp.way
         position, rotation = self.arm.pose()
         lined_up = (
             np.linalg.norm(position[:2] - grasp.position[:2]) < 0.012
@@ -125,36 +126,32 @@ class Skills:
             *approach,
             Move(grasp.position, grasp.rotation, OPEN, SLOW, settle=2),
             Hold(CLOSE, 8),
-            Move(grasp.position + [0, 0, 0.06], grasp.rotation, CLOSE, 0.25, settle=0),
+            Move(grasp.position + LIFT * grasp.way, grasp.rotation, CLOSE, 0.25, settle=0),
         ]
 
     def _let_go(self) -> list[Segment]:
         """Open the hand before it travels, when it is closed around something or nothing."""
         return [Hold(OPEN, 4)] if self.around.holding() else []
 
-    def place(self, name: str, spot: np.ndarray, bottom: float, turn: float = 0.0) -> list[Segment]:
+    def place(self, name: str, spot: np.ndarray, bottom: float) -> list[Segment]:
         """Carry the held thing over a spot, set it down and let go.
 
         spot: (2,) where its origin shall be. bottom: height of its lowest point on release.
-        turn: yaw in rad by which it is turned on the way.
         """
         position, rotation = self.arm.pose()
         points, origin = self.around.points(name), self.around.origin(name)
         hang = float(position[2] - points[:, 2].min())
-        spin = hand_rotation([0, 0, 1], [np.cos(turn), np.sin(turn), 0])
-        offset = (spin @ (origin - position))[:2]
-        goal = np.append(spot - offset, bottom + hang)
-        new = spin @ rotation
+        goal = np.append(spot - (origin - position)[:2], bottom + hang)
         wide = float(np.abs(points[:, :2] - position[:2]).max()) + 0.01
         aside = self.around.way_out(name)
         if aside.any():
             return [Move(position + aside, rotation, CLOSE, SLOW)]
-        moves = self.travel(goal, new, CLOSE, hang, ignore=(name,), reach=min(wide, 0.09))
+        moves = self.travel(goal, rotation, CLOSE, hang, (name,), min(wide, 0.09))
         if len(moves) > 1 or moves[-1].position[2] > goal[2] + 0.01:  # type: ignore[union-attr]
             last = moves[-1]
             assert isinstance(last, Move)
-            moves[-1] = Move(goal, new, CLOSE, SLOW, settle=3)
-        return [*moves, Hold(OPEN, 6), Move(goal + [0, 0, 0.09], new, OPEN, settle=0)]
+            moves[-1] = Move(goal, rotation, CLOSE, SLOW, settle=3)
+        return [*moves, Hold(OPEN, 6), Move(goal + [0, 0, 0.09], rotation, OPEN, settle=0)]
 
     def unfold(self, gripper: float) -> list[Segment]:
         """Go up and back to the posture from which everything is in reach."""
@@ -208,7 +205,7 @@ class Skills:
         return abs(float(self.world.data.qpos[model.jnt_qposadr[self.world.joint_id(joint)]]))
 
     def close_drawer(self, joint: str) -> list[Segment]:
-        """Push the front of a drawer with the closed hand, tilted so that the wrist stays clear."""
+        """Push a drawer's front with the closed hand, tilted to keep the wrist clear."""
         handle, outward = self._handle(joint)
         rotation = hand_rotation(-outward + [0, 0, -1.0], np.cross(outward, [0.0, 0.0, 1.0]))
         touch = handle + 0.035 * outward + [0, 0, 0.0]
@@ -234,7 +231,7 @@ class Skills:
         inward /= np.linalg.norm(inward)
         approach = inward + [0, 0, -0.35]
         rotation = hand_rotation(approach, np.cross(inward, [0.0, 0.0, 1.0]))
-        if rotation[1, 0] * 0 + rotation[0, 0] > 0:
+        if rotation[0, 0] > 0:  # of two equal hands, the one that keeps the wrist near its home
             rotation = rotation @ np.diag([-1.0, -1.0, 1.0])
         grip = centre + 0.004 * inward
         before = grip - 0.09 * rotation[:, 2]
@@ -281,9 +278,8 @@ class Skills:
         blade = max(geoms, key=lambda g: data.geom_xpos[g][2] + model.geom_size[g].max())
         matrix = data.xmat[body].reshape(3, 3)
         sign = float(np.sign((matrix @ model.jnt_axis[number])[2]))
-        now = float(data.qpos[model.jnt_qposadr[number]])
         axis = data.xanchor[number]
-        yaw = sign * now + np.arctan2(matrix[1, 0], matrix[0, 0]) - sign * now
+        yaw = np.arctan2(matrix[1, 0], matrix[0, 0])
         yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2
         high = data.geom_xpos[blade][2] + 0.022
         position = np.array([axis[0], axis[1], high - 0.012])
@@ -320,8 +316,7 @@ class Skills:
         arm = data.geom_xpos[panel][:2] - hinge[:2]
         length = 1.35 * float(np.linalg.norm(arm))
         facing = np.arctan2(arm[1], arm[0])
-        top = float(data.geom_xpos[panel][2] + model.geom_size[panel].max() * 0.0)
-        high = max(top, data.geom_xpos[panel][2]) + 0.055
+        high = float(data.geom_xpos[panel][2]) + 0.055
 
         def at(bearing: float, back: float) -> np.ndarray:
             away = np.array([np.cos(bearing), np.sin(bearing)])
@@ -329,9 +324,11 @@ class Skills:
             spot = hinge[:2] + length * away + back * outer
             return np.append(spot, high)
 
+        def turn(bearing: float) -> np.ndarray:
+            return top_down(float(np.clip(bearing + np.pi / 2, -0.2, 1.3)))
+
         moves: list[Segment] = []
         start = at(facing, 0.055)
-        turn = lambda bearing: top_down(np.clip(bearing + np.pi / 2, -0.2, 1.3))  # noqa: E731
         moves += self.travel(start, turn(facing), CLOSE)
         steps = max(3, int(np.ceil(-angle / 0.25)))
         for step in range(1, steps + 1):

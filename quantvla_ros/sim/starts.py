@@ -158,11 +158,11 @@ class StartSampler:
     ) -> _Placed | None:
         """Draw where one thing goes; None when it would overlap what is there."""
         thing = self.things[placement['object']]
-        x_ranges, y_ranges = placement.get('x_ranges'), placement.get('y_ranges')
+        x_ranges, y_ranges = placement['x_ranges'], placement['y_ranges']
         chosen = int(rng.integers(len(x_ranges)))
-        shrink = thing['horizontal_radius'] if placement['ensure_object_boundary_in_range'] else 0.0
-        if placement['sampler'] == 'InSiteRegionRandomSampler':
-            shrink = 0.0
+        whole = placement['ensure_object_boundary_in_range']
+        inside = placement['sampler'] == 'InSiteRegionRandomSampler'
+        shrink = thing['horizontal_radius'] if whole and not inside else 0.0
         offset = [
             rng.uniform(*sorted((low + shrink, high - shrink)))
             for low, high in (x_ranges[chosen], y_ranges[chosen])

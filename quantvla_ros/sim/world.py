@@ -113,6 +113,20 @@ class World:
         for _ in range(settle):
             self.step(self.arm_positions(), OPEN)
 
+    def show(
+        self,
+        qpos: np.ndarray,
+        fixtures: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> None:
+        """Place everything for a picture, without physics."""
+        for name, (body, position, quaternion) in self._fixtures.items():
+            placed = (fixtures or {}).get(name, (position, quaternion))
+            self.model.body_pos[body], self.model.body_quat[body] = placed
+        self.data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_comPos(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+
     # -- motion ----------------------------------------------------------------------------------
 
     def step(self, target: np.ndarray, gripper: float) -> None:

@@ -25,7 +25,7 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.control.urdf import read_urdf_limits
 from quantvla_ros.decode import decode_camera
 from quantvla_ros.nodes.names import LATCHED
-from quantvla_ros.sim.sim_node import SimNode
+from quantvla_ros.sim.sim_node import STATE_SIZE, SimNode
 
 pytestmark = [pytest.mark.ros, pytest.mark.sim]
 DOMAIN = 1 + os.getpid() % 100
@@ -180,7 +180,9 @@ def test_state_carries_the_whole_qpos_in_ros_messages(lockstep):
     for _ in range(10):
         send(lockstep, HELD)
     message = lockstep.wait_for('sim_node/state', seen + 1)
-    assert len(message.data) == lockstep.sim.robot.world.model.nq
+    used = lockstep.sim.robot.world.model.nq
+    assert len(message.data) == STATE_SIZE > used
+    assert any(message.data[:used]) and not any(message.data[used:])
 
 
 def test_a_nan_on_the_wire_is_counted_in_the_episode(lockstep):

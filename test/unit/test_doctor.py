@@ -4,6 +4,7 @@
 import argparse
 
 from quantvla_ros import doctor
+from quantvla_ros.resources import share_path
 
 
 def run(capsys, contract='libero_panda', model=''):
@@ -34,9 +35,27 @@ def test_two_providers_of_cv2_are_refused(capsys, monkeypatch):
     assert 'opencv-python, opencv-python-headless overwrite each other' in out
 
 
+def test_kernels_are_told_line_by_line(capsys):
+    out = run(capsys)[1]
+    assert 'kernel path scalar' in out and '{' not in out
+
+
 def test_folder_without_weights_is_no_model(capsys, tmp_path):
     status, out = run(capsys, model=str(tmp_path))
     assert status == 1
-    assert 'holds no *.safetensors' in out
-    (tmp_path / 'model.safetensors').write_bytes(bytes(10))
-    assert run(capsys, model=str(tmp_path))[0] == 0
+    assert 'not a model that can be served' in out
+
+
+def test_the_shipped_model_is_whole(capsys):
+    status, out = run(capsys, model=str(share_path('models/libero_panda')))
+    assert status == 0 and 'every key, shape and hash right' in out
+
+
+def test_a_model_with_another_hash_is_refused(capsys, tmp_path):
+    for name in ('policy.json', 'model.safetensors'):
+        (tmp_path / name).write_bytes(share_path(f'models/libero_panda/{name}').read_bytes())
+    with (tmp_path / 'model.safetensors').open('r+b') as file:
+        file.seek(-1, 2)
+        file.write(b'\x01')
+    status, out = run(capsys, model=str(tmp_path))
+    assert status == 1 and 'BAD' in out

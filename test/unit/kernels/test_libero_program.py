@@ -9,7 +9,8 @@ from kernel_cases import far
 from torch import nn
 
 from quantvla_ros.kernels import dispatch, weights
-from quantvla_ros.policies.libero_program import ChunkProgram
+from quantvla_ros.policies import flow
+from quantvla_ros.policies.libero_program import ChunkProgram, Part
 from quantvla_ros.policies.libero_vla import LiberoVlaNet, VlaConfig
 
 SMALL = VlaConfig(image=32, views=2, words=3, vision_width=128, vision_layers=1, vision_mlp=128,
@@ -74,6 +75,11 @@ def inputs():
             torch.randn(1, 9), torch.randn(1, 4, 8))
 
 
+def chunk(program, given):
+    context = program.prefix(*given[:3])
+    return flow.denoise(lambda x, step: program.velocity(context, x, step), given[3], STEPS)
+
+
 @pytest.mark.parametrize('weight_of', [eight_bits, mixed])
 def test_the_program_equals_the_network_on_the_same_integers(net, weight_of):
     replaced = copy.deepcopy(net)
@@ -85,20 +91,26 @@ def test_the_program_equals_the_network_on_the_same_integers(net, weight_of):
             parent, _, child = name.rpartition('.')
             owner = replaced.get_submodule(parent)
             setattr(owner, child, Replaced(getattr(owner, child), weight))
-    program = ChunkProgram(net, lambda name, linear: kept[name], STEPS)
+    names = {module: name for name, module in net.named_modules()}
+    program = ChunkProgram(net, lambda m: Part(kept[names[m]], m.bias), STEPS)
     given = inputs()
-    program.prefix(*given[:3])
-    y, truth = program.denoise(given[3]), plain(replaced, *given)
+    y, truth = chunk(program, given), plain(replaced, *given)
     # equal but for values near a tie, which a norm summed in another order may round apart
     assert far(y, truth) < 0.01
     assert far(y, plain(net, *given)) < 0.05 and far(truth, given[3]) > 0.2
 
 
 def test_a_second_observation_leaves_nothing_of_the_first(net):
-    program = ChunkProgram(net, eight_bits, STEPS)
+    program = ChunkProgram(net, lambda m: Part(eight_bits('', m), m.bias), STEPS)
     first, second = inputs(), inputs()
-    results = []
-    for given in (first, second, first):
-        program.prefix(*given[:3])
-        results.append(program.denoise(given[3]))
+    results = [chunk(program, given) for given in (first, second, first)]
     assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
+
+
+def test_a_context_outlives_the_next_observation(net):
+    program = ChunkProgram(net, lambda m: Part(eight_bits('', m), m.bias), STEPS)
+    first, second = inputs(), inputs()
+    kept = program.prefix(*first[:3])
+    program.prefix(*second[:3])
+    late = flow.denoise(lambda x, step: program.velocity(kept, x, step), first[3], STEPS)
+    assert torch.equal(late, chunk(program, first))

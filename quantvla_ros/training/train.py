@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantvla train STAGE`: make the shipped policy again from nothing, stage by stage.
+
+demos: demonstrations and their frames. fit: train, go on, or fine-tune. takeover: roll the policy
+out and let the expert go on where it failed. render: frames of what lacks them. All stages share
+one work folder and can be interrupted and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from quantvla_ros.policies.libero_checkpoint import read_checkpoint
+from quantvla_ros.policies.libero_vla import VlaConfig
+from quantvla_ros.policies.vocabulary import Vocabulary
+from quantvla_ros.sim.scenes import MAIN_SUITES, load_scene, parse_tasks
+from quantvla_ros.training.dataset import load_demonstrations, statistics_of
+from quantvla_ros.training.fit import (
+    STATE,
+    FitSettings,
+    Trainer,
+    export,
+    fit,
+    statistics_from_json,
+    statistics_to_json,
+    warm_up_compilation,
+)
+from quantvla_ros.training.generate import generate, render
+from quantvla_ros.training.processes import gpu_count
+
+STAGES = ('demos', 'fit', 'takeover', 'render')
+WORDS = 20
+CONTRACT = 'libero_panda'
+SMALL = {'vision_width': 64, 'vision_layers': 1, 'vision_mlp': 64, 'width': 64, 'layers': 1,
+         'heads': 1, 'kv_heads': 1, 'mlp': 64, 'action_width': 64, 'action_layers': 1,
+         'action_heads': 1, 'action_kv_heads': 1, 'action_mlp': 64}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `quantvla train`."""
+    add = parser.add_argument
+    add('stage', choices=STAGES)
+    add('--work', type=Path, required=True, help='folder of data, checkpoints and the model')
+    add('--suites', default=','.join(MAIN_SUITES), help='suites or tasks, as in libero_goal/3')
+    add('--max-texture', type=int, default=512)
+    add('--seed', type=int, default=0)
+    add('--limit', type=float, default=3600.0, metavar='S', help='stop data stages after this')
+    add('--cores', type=int, default=0, help='processes that simulate; default: most cores')
+    add('--renderers', type=int, default=0, help='processes that render; default: five per GPU')
+    add('--attempts', type=int, default=160, help='per task')
+    add('--data', default='demos', help='folders in the work folder, joined by commas')
+    add('--model', type=Path, default=None, help='folder of the model; default: WORK/model')
+    add('--init', type=Path, default=None, help='fine-tune this model instead of a fresh one')
+    add('--resume', action='store_true', help='go on from the last checkpoint')
+    add('--gpus', type=int, default=-1, help='default: all there are')
+    add('--seconds', type=float, default=300.0, help='of the schedule, on the wall clock')
+    add('--steps', type=int, default=0, help='of the schedule, instead of seconds')
+    add('--batch', type=int, default=512, help='per GPU')
+    add('--rate', type=float, default=6e-4)
+    add('--warm-up', type=int, default=200)
+    add('--later-weight', type=float, default=1.0,
+        help='how often frames of the second and later data folders are drawn')
+    add('--compile', action='store_true')
+    add('--small', action='store_true', help='a tiny network, to try the stage out')
+    add('--shard', default='0/1', help='takeover: part i/n of the attempts')
+
+
+def say(line: str) -> None:
+    """Print a line of progress at once."""
+    print(f'[{time.strftime("%H:%M:%S")}] {line}', flush=True)
+
+
+def instructions() -> dict[str, str]:
+    """Return task name -> instruction of all four suites: the vocabulary never shrinks."""
+    return {
+        f'{suite}_{number}': load_scene(suite, number, 512).instruction
+        for suite, count in MAIN_SUITES.items() for number in range(count)
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one stage."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.model = args.model or args.work / 'model'
+    started = time.monotonic()
+    {'demos': run_demos, 'fit': run_fit, 'takeover': run_takeover, 'render': run_render}[
+        args.stage](args)
+    say(f'{args.stage} took {time.monotonic() - started:.0f} s')
+    return 0
+
+
+def _processes(args: argparse.Namespace) -> tuple[int, int]:
+    cores, gpus = os.cpu_count() or 1, gpu_count()
+    renderers = args.renderers or (5 * gpus if gpus else max(1, cores // 4))
+    return args.cores or max(1, cores - renderers), renderers
+
+
+def run_demos(args: argparse.Namespace) -> None:
+    """Make demonstrations and render them."""
+    simulators, renderers = _processes(args)
+    generate(parse_tasks(args.suites), args.work / args.data, args.attempts, args.seed,
+             simulators, renderers, args.max_texture, args.limit, say)
+
+
+def run_render(args: argparse.Namespace) -> None:
+    """Render what lacks frames."""
+    _, renderers = _processes(args)
+    for folder in args.data.split(','):
+        render(parse_tasks(args.suites), args.work / folder, renderers, args.max_texture,
+               args.limit, say)
+
+
+def run_takeover(args: argparse.Namespace) -> None:
+    """Roll the policy out and record the expert."""
+    from quantvla_ros.training.takeover import gather
+
+    part, _, parts = args.shard.partition('/')
+    tasks = parse_tasks(args.suites)
+    attempts = [(task, number) for number in range(args.attempts) for task in tasks]
+    mine = sorted(attempts[int(part) :: int(parts)])
+    cores = _processes(args)[0]
+    size = -(-len(mine) // cores)
+    shares = [mine[i : i + size] for i in range(0, len(mine), size)]
+    for share in shares:
+        share.sort(key=lambda item: item[0])
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    found = gather(shares, str(args.model), args.work / args.data, args.seed, device,
+                   args.max_texture, args.limit, say)
+    name = args.work / args.data / f'takeover_{part}.json'
+    name.write_text(json.dumps(found, indent=1))
+
+
+# -- fit ---------------------------------------------------------------------------------------
+
+
+def run_fit(args: argparse.Namespace) -> None:
+    """Train on all GPUs, or on the CPU where there is none."""
+    gpus = torch.cuda.device_count() if args.gpus < 0 else args.gpus
+    if gpus <= 1:
+        fit_process(0, 1, args)
+        return
+    meeting = args.work / f'.meeting-{os.getpid()}'
+    meeting.unlink(missing_ok=True)
+    torch.multiprocessing.start_processes(
+        _fit_rank, args=(gpus, args, str(meeting)), nprocs=gpus, start_method='spawn')
+    meeting.unlink(missing_ok=True)
+
+
+def _fit_rank(rank: int, ranks: int, args: argparse.Namespace, meeting: str) -> None:
+    torch.cuda.set_device(rank)
+    dist.init_process_group('nccl', init_method=f'file://{meeting}', rank=rank,
+                            world_size=ranks, timeout=timedelta(seconds=300))
+    fit_process(rank, ranks, args)
+    dist.destroy_process_group()
+
+
+def fit_process(rank: int, ranks: int, args: argparse.Namespace) -> None:
+    """One process of training."""
+    device = torch.device('cuda', rank) if torch.cuda.is_available() else torch.device('cpu')
+    torch.set_float32_matmul_precision('high')
+    texts = instructions()
+    vocabulary = Vocabulary.of(texts.values(), WORDS)
+    folders = [args.work / name for name in args.data.split(',')]
+    data = load_demonstrations(folders, texts, vocabulary, device, rank, ranks, args.later_weight)
+    config = VlaConfig(words=WORDS, vocabulary=-(-len(vocabulary.words) // 64) * 64,
+                       **(SMALL if args.small else {}))
+    statistics, weights = _statistics(args, data, rank, ranks, config), None
+    if args.init is not None:
+        checkpoint, net = read_checkpoint(args.init)
+        config, statistics, weights = checkpoint.config, checkpoint.statistics, net.state_dict()
+    settings = FitSettings(
+        seconds=args.seconds, steps=args.steps, batch=args.batch, rate=args.rate,
+        warm_up=args.warm_up, seed=args.seed, later_weight=args.later_weight,
+        compiled=args.compile, bfloat16=device.type == 'cuda')
+    trainer = Trainer(config, data, statistics, settings, device, rank, ranks)
+    if weights is not None:
+        trainer.start_from({name: value.to(device) for name, value in weights.items()})
+    if rank == 0:
+        say(f'{len(data.first) * ranks} frames or so of {data.episodes * ranks} episodes on '
+            f'{ranks} x {torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}, '
+            f'{trainer.net.parameter_count / 1e6:.2f} M parameters')
+    if args.compile:
+        began = time.monotonic()
+        warm_up_compilation(trainer)
+        say(f'process {rank}: compiled in {time.monotonic() - began:.0f} s')
+    if args.resume and (args.work / 'fit' / STATE).exists():
+        trainer.load(args.work / 'fit')
+        trainer.settings = replace(settings, seconds=max(settings.seconds, trainer.spent_s))
+    if ranks > 1:
+        dist.barrier()
+    fit(trainer, args.work / 'fit', say)
+    if rank == 0:
+        digest = export(trainer, vocabulary, CONTRACT, args.model)
+        say(f'wrote {args.model}, sha256 {digest[:16]}')
+
+
+def _statistics(
+    args: argparse.Namespace, data: Any, rank: int, ranks: int, config: VlaConfig
+) -> Any:
+    """Compute statistics once per work folder; all processes and later runs use the same."""
+    path = args.work / 'statistics.json'
+    if rank == 0 and not path.exists():
+        path.write_text(json.dumps(statistics_to_json(statistics_of(data, config.chunk))))
+    if ranks > 1:
+        dist.barrier()
+    return statistics_from_json(json.loads(path.read_text()))
+
+

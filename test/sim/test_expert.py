@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripted expert and its random starts: it solves, it recovers, it never peeks."""
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import quantvla_ros
+from quantvla_ros.contract import load_contract
+from quantvla_ros.observation import Observation
+from quantvla_ros.policies.base import PolicySettings, make_policy
+from quantvla_ros.sim.expert import Expert
+from quantvla_ros.sim.scenes import load_scene
+from quantvla_ros.sim.starts import StartSampler
+from quantvla_ros.sim.world import CLOSE, OPEN, World
+from quantvla_ros.training.demonstrations import Recorder, solve
+
+pytestmark = pytest.mark.sim
+ROOM = Path(quantvla_ros.__file__).parent
+
+
+@pytest.fixture(scope='module')
+def world():
+    return World(load_scene('libero_goal', 8))
+
+
+def start(world, seed):
+    drawn = StartSampler(world).draw(np.random.default_rng(seed))
+    drawn.put(world)
+    return drawn
+
+
+def test_the_expert_solves_a_task_from_a_random_start(world):
+    start(world, 1)
+    recorder = Recorder(world)
+    assert solve(world, Expert(world), recorder, 200)
+    assert len(recorder.states) == len(recorder.commands)
+
+
+def test_the_expert_goes_on_after_the_object_was_dropped(world):
+    start(world, 2)
+    expert = Expert(world)
+    for _ in range(200):
+        target, gripper = expert.command()
+        world.step(target, gripper)
+        if expert.carried is not None and expert.gripper == CLOSE:
+            break
+    for _ in range(10):
+        world.step(expert.target, OPEN)
+    assert not world.success() and expert.around.holding() is None
+    assert solve(world, Expert(world), None, 250)
+
+
+def test_the_expert_turns_the_knob_of_a_stove():
+    stove = World(load_scene('libero_goal', 7))
+    start(stove, 3)
+    assert solve(stove, Expert(stove), None, 200)
+
+
+def test_starts_are_the_same_with_the_official_states_replaced_by_nan(world):
+    blind_scene = replace(world.scene, official=np.full_like(world.scene.official, np.nan))
+    blind = World.__new__(World)
+    blind.__dict__.update(world.__dict__)
+    blind.scene = blind_scene
+    seen = StartSampler(world).draw(np.random.default_rng(5))
+    unseen = StartSampler(blind).draw(np.random.default_rng(5))
+    np.testing.assert_array_equal(seen.qpos, unseen.qpos)
+    assert np.isfinite(unseen.qpos).all()
+
+
+@pytest.mark.parametrize('path', [
+    'sim/starts.py', 'sim/expert.py', 'sim/planner.py', 'sim/skills.py', 'sim/grasps.py',
+    'sim/kinematics.py', 'sim/surroundings.py', 'training/demonstrations.py',
+    'training/generate.py', 'training/takeover.py', 'training/dataset.py', 'training/fit.py'])
+def test_code_that_makes_demonstrations_never_names_the_official_states(path):
+    tree = ast.parse((ROOM / path).read_text())
+    for node in ast.walk(tree):
+        name = getattr(node, 'attr', getattr(node, 'id', ''))
+        assert 'official' not in name, f'{path} line {node.lineno}'
+
+
+def test_starts_differ_and_stay_in_their_regions(world):
+    drawn = [StartSampler(world).draw(np.random.default_rng(k)) for k in range(6)]
+    for placement in world.scene.placements:
+        name = placement['object']
+        address = world.thing_qpos(name)
+        if address is None:
+            continue
+        spots = np.array([item.qpos[address : address + 2] for item in drawn])
+        assert np.ptp(spots, axis=0).min() > 0
+        low, high = placement['x_ranges'][0]
+        radius = world.scene.things[name]['horizontal_radius']
+        x = spots[:, 0] - placement['reference_pos'][0]
+        assert (x > low - radius).all() and (x < high + radius).all()
+
+
+def test_the_expert_drives_the_robot_as_a_policy(world):
+    start(world, 7)
+    contract = load_contract('libero_expert')
+    policy = make_policy('expert', contract, PolicySettings())
+    size = contract.vectors[0].size
+    for chunk_number in range(30):
+        state = np.zeros(size)
+        state[: world.model.nq] = world.data.qpos
+        stamp = round(chunk_number * 8 * 0.05 * 1e9)
+        observation = Observation(
+            images={}, image_stamps_ns={}, joint_names=contract.joints.names,
+            joint_positions=world.joint_state(), joint_stamp_ns=stamp,
+            instruction=world.scene.instruction, vectors={'world_state': state},
+            vector_stamps_ns={'world_state': stamp})
+        chunk = policy.denoise(policy.prepare(observation), seed=0)
+        assert chunk.positions.shape == (16, 8)
+        for row in chunk.positions[:8]:
+            world.step(row[:-1], CLOSE if row[-1] < 0.02 else OPEN)
+        if world.success():
+            return
+    raise AssertionError('the expert as a policy did not reach the goal')
