@@ -37,11 +37,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
         'quantvla_ros.bench.model_parity',
         'Compare our networks with the public implementations on random weights.',
     ),
-    'frames': ('quantvla_ros.sim.record_frames', 'Record frames for calibration.'),
-    'quantize': ('quantvla_ros.calibration.quantize', 'Turn linear layers into integer ones.'),
-    'stress': ('quantvla_ros.calibration.stress', 'Write a twin with large outliers inside.'),
-    'inspect': ('quantvla_ros.calibration.inspect', 'Show what an artifact costs, by layer.'),
-    'bench recipes': ('quantvla_ros.bench.recipes', 'Action error and bytes of every recipe.'),
 }
 
 
