@@ -207,19 +207,22 @@ def subjects(args: argparse.Namespace) -> Iterator[Subject]:
 
 def plan(args: argparse.Namespace, subject: Subject) -> Iterator[Callable[[], Row]]:
     """Every measurement of one subject."""
+    def by(recipe: Recipe, precision: str) -> Callable[[], Row]:
+        return lambda: subject.measure(recipe, precision, blockwise=args.blockwise)
+
+    def literal(name: str, precision: str) -> Callable[[], Row]:
+        return lambda: subject.measure_literal(name, precision)
+
     if args.ablation:
-        for recipe in ablation():
-            yield lambda r=recipe: subject.measure(r, args.ablation, blockwise=args.blockwise)
+        yield from (by(recipe, args.ablation) for recipe in ablation())
         return
     names = args.recipes.split(',') if args.recipes else [*RECIPES, *LITERALS]
     for precision in args.precisions.split(','):
         for name in names:
             if name in LITERALS:
-                yield lambda n=name, p=precision: subject.measure_literal(n, p)
+                yield literal(name, precision)
             else:
-                recipe = find_recipe(name)
-                yield lambda r=recipe, p=precision: subject.measure(
-                    r, p, blockwise=args.blockwise)
+                yield by(find_recipe(name), precision)
 
 
 def run(args: argparse.Namespace) -> int:

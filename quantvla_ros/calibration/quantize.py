@@ -22,12 +22,15 @@ from quantvla_ros.calibration.frames_file import Frames, read_frames
 from quantvla_ros.calibration.pipeline import quantize_policy
 from quantvla_ros.calibration.policy_runs import action_error, chunks
 from quantvla_ros.contract import load_contract
+from quantvla_ros.kernels import dispatch
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.libero_checkpoint import read_checkpoint, read_settings
 from quantvla_ros.policies.libero_panda import LiberoVla
 from quantvla_ros.quant.artifact import Provenance, write_artifact
+from quantvla_ros.quant.linear import Make, QuantLinear
 from quantvla_ros.quant.recipes import Recipe, find_recipe
 from quantvla_ros.quant.scheme import Scheme, parse_scheme
+from quantvla_ros.quant.simulate import simulate
 from quantvla_ros.resources import share_path
 
 JUDGED_FRAMES = 32  # held-out frames that are run before and after
@@ -67,6 +70,11 @@ def version() -> str:
         return importlib.metadata.version('quantvla_ros')
     except importlib.metadata.PackageNotFoundError:
         return 'source'
+
+
+def layer_maker() -> Make:
+    """Integer layers while calibrating; the same numbers in floats where no kernel is built."""
+    return simulate if dispatch.library() is None else QuantLinear
 
 
 def _tell(name: str, done: int, total: int) -> None:
@@ -115,7 +123,7 @@ def _work(
     floor = chunks(policy, held, 2 * OTHER_NOISE)
     result = quantize_policy(
         policy, recipe, precision, fitted, seed=args.seed, blockwise=not args.one_pass,
-        progress=_tell,
+        make=layer_maker(), progress=_tell,
     )
     execute = contract.action.execute
     error = action_error(chunks(policy, held, OTHER_NOISE), reference, execute)

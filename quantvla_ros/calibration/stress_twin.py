@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from quantvla_ros.policies.libero_vla import (
     PARTS,
+    ActionBlock,
     Attention,
     Block,
     GatedMLP,
@@ -86,14 +88,13 @@ def stress(net: LiberoVlaNet, peaks: Peaks, seed: int = 0) -> None:
             attn, name = module.attn, names[module]
             _readers(draw, module.attn_norm, [attn.q_proj, attn.k_proj, attn.v_proj],
                      f'{name}.attn.q_proj')
-            first = 'gate_proj' if isinstance(module.mlp, GatedMLP) else 'fc1'
-            readers = [module.mlp.get_submodule(part) for part in (
-                ('gate_proj', 'up_proj') if first == 'gate_proj' else ('fc1',))]
-            _readers(draw, module.mlp_norm, readers, f'{name}.mlp.{first}')
-    crosses = [module.cross for module in net.action.blocks]  # type: ignore[union-attr]
+            parts = ('gate_proj', 'up_proj') if isinstance(module.mlp, GatedMLP) else ('fc1',)
+            readers = [cast(nn.Linear, module.mlp.get_submodule(part)) for part in parts]
+            _readers(draw, module.mlp_norm, readers, f'{name}.mlp.{parts[0]}')
+    crosses = [cast(ActionBlock, block).cross for block in net.action.blocks]
     _readers(draw, net.backbone.norm,
              [part for cross in crosses for part in (cross.k_proj, cross.v_proj)],
-             f'{names[crosses[0]]}.k_proj')  # type: ignore[index]
+             f'{names[crosses[0]]}.k_proj')
     _readers(draw, net.action.norm, [net.action.leave], 'action.leave')
     _modulation(draw, net)
     for module in net.modules():
@@ -111,7 +112,7 @@ def stress(net: LiberoVlaNet, peaks: Peaks, seed: int = 0) -> None:
 def _readers(draw: _Draw, norm: RMSNorm, readers: list[nn.Linear], name: str) -> None:
     """Scale the gain of a norm up and the columns of all that read it down."""
     factors = draw.factors(name, len(norm.weight), ELSEWHERE)
-    norm.weight *= factors
+    norm.weight.mul_(factors)
     for reader in readers:
         reader.weight /= factors
 
@@ -139,11 +140,11 @@ def _modulation(draw: _Draw, net: LiberoVlaNet) -> None:
             rows[p] *= factors[:, None]
             bias[p] = stored
             for block in head.blocks:
-                own = block.modulation  # type: ignore[union-attr]
-                own[p] = own[p] * factors + missed  # type: ignore[operator, index]
+                own = cast(ActionBlock, block).modulation
+                own[p] = own[p] * factors + missed
         for block in head.blocks:
             for name in names:
-                block.get_submodule(f'{child}.{name}').weight /= factors  # type: ignore
+                cast(nn.Linear, block.get_submodule(f'{child}.{name}')).weight /= factors
 
 
 def _turn_values(draw: _Draw, attention: Attention) -> None:

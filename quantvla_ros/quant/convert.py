@@ -15,15 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from quantvla_ros.quant.fit import Fit, clipped_scale, fit_transform, static_scales
-from quantvla_ros.quant.jacobian import Loss, row_errors, token_weights
+from quantvla_ros.quant.jacobian import (
+    Loss,
+    RowErrors,
+    TokenGrams,
+    gradients,
+    row_errors,
+    token_weights,
+)
 from quantvla_ros.quant.layout import Layout, lay_out, raise_inputs, sensitive_sites
 from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear, replace_linears
-from quantvla_ros.quant.mixed import RowErrors, assign_rows, at_width, pack_rows
+from quantvla_ros.quant.mixed import assign_rows, at_width, pack_rows
 from quantvla_ros.quant.observe import InputStatistics, Run, observe
 from quantvla_ros.quant.pack import packed, quantize
 from quantvla_ros.quant.recipes import Gptq, Nearest, QvlaBits, Recipe, Rounding
 from quantvla_ros.quant.rounding import Rounded, gptq, round_nearest
-from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, Scheme
+from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, Scheme, qmax
 from quantvla_ros.quant.simulate import round_tokens
 from quantvla_ros.quant.sites import ACTION, PolicySites
 
@@ -59,14 +66,34 @@ def _round(
         return Rounded(quantize(weight, scale, bits, granularity), scale, granularity)
     if isinstance(rounding, Gptq):
         hessian = fit.transform.gram(seen.guided if rounding.guided else seen.hessian)
+        if rounding.noisy:
+            hessian = hessian + token_noise(fit, seen, scheme) * torch.eye(len(hessian))
         rounded = gptq(
-            weight, hessian, bits, granularity, damp=rounding.damp, act_order=rounding.act_order
+            weight, hessian, bits, granularity,
+            damp=rounding.damp, act_order=rounding.act_order, search=rounding.search,
         )
         return _refit(rounded, weight, fit, seen, scheme) if rounding.refit else rounded
     assert isinstance(rounding, Nearest)
     hessian = fit.transform.gram(seen.hessian)
     importance = hessian.diagonal().float() if rounding.search else None
     return round_nearest(weight, bits, granularity, importance, search=rounding.search)
+
+
+def token_noise(fit: Fit, seen: InputStatistics, scheme: Scheme) -> float:
+    """Variance that rounding adds to each channel of a token: the mean of scale^2 / 12."""
+    if scheme.act_bits >= 16 or not seen.tokens:
+        return 0.0
+    peaks = fit.transform.activations(seen.sample()).abs().amax(1).double()
+    return float((peaks / qmax(scheme.act_bits)).pow(2).mean() / 12)
+
+
+def _mean_error(
+    rounded: Rounded, weight: Tensor, fit: Fit, seen: InputStatistics, scheme: Scheme
+) -> Tensor:
+    """Mean of y - y_q on the sample, (out,): what a bias can take away."""
+    z = fit.transform.activations(seen.sample())
+    zq = round_tokens(z, scheme.act_bits) if scheme.act_bits < 16 else z
+    return (z @ weight.T - zq @ rounded.dequantized().T).mean(0)
 
 
 def _refit(
@@ -105,7 +132,11 @@ def quantize_linear(
     rounding = recipe.rounding
     if in_action_head and recipe.action_rounding is not None:
         rounding = recipe.action_rounding
-    rounded = _round(rounding, fit.transform.weight(weight.float()), fit, seen, scheme)
+    turned = fit.transform.weight(weight.float())
+    rounded = _round(rounding, turned, fit, seen, scheme)
+    if isinstance(rounding, Gptq) and rounding.centre:
+        shift = _mean_error(rounded, turned, fit, seen, scheme)
+        bias = shift if bias is None else bias + shift
     scales = None
     if isinstance(scheme.act, PerStep):
         scales = static_scales(seen, fit.transform, scheme.act_bits)
@@ -134,19 +165,23 @@ def block_order(sites: PolicySites, layout: Layout) -> Iterator[tuple[str, Seque
 class Known:
     """What the float network tells once for many recipes, in one pass over the frames.
 
-    seen: inputs of each linear. guides, errors: as jacobian.token_weights and row_errors give.
+    seen: inputs of each linear. guides, errors: of jacobian.TokenGrams and RowErrors.
     """
 
     seen: Mapping[str, InputStatistics]
     guides: Mapping[str, Tensor]
-    errors: RowErrors
+    errors: Mapping[str, Mapping[int, Tensor]]
 
 
 def ask(net: nn.Module, names: Sequence[str], run: Run, losses: Losses) -> Known:
     """Run the frames once and ask what the action feels, for all named linears."""
     seen = {name: found.to('cpu') for name, found in observe(net, names, run).items()}
-    errors = row_errors(net, names, losses(), at_width, QvlaBits().widths)
-    return Known(seen, token_weights(net, names, losses()), errors)
+    errors, grams = RowErrors(net, names, at_width, QvlaBits().widths), TokenGrams()
+    for loss in losses():
+        found = gradients(net, names, loss)
+        errors.add(found)
+        grams.add(found)
+    return Known(seen, grams.sums, errors.mean())
 
 
 def _felt(

@@ -8,7 +8,7 @@ caller passes functions that run it and return r . A.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,51 +57,84 @@ def weight_gradient(pairs: Sequence[Pair]) -> Tensor:
     return torch.stack([slope.T @ x for x, slope in pairs]).sum(0)
 
 
+Rounded = Callable[[Tensor, int], Tensor]  # the weight at a width
+
+
+class RowErrors:
+    """Squared action error that each output row would cause alone, at each width.
+
+    mean() is name -> width -> (out,) float64, the mean over losses of (G_c . (Q_b(W_c) - W_c))^2
+    with G = d(r . A)/dW.
+    """
+
+    def __init__(
+        self, net: nn.Module, names: Sequence[str], rounded: Rounded, widths: Sequence[int]
+    ) -> None:
+        self.count = 0
+        self.changes = {
+            name: {b: rounded(_weight(net, name), b) - _weight(net, name) for b in widths}
+            for name in names
+        }
+        self.sums = {
+            name: {b: torch.zeros(len(_weight(net, name)), dtype=torch.float64) for b in widths}
+            for name in names
+        }
+
+    def add(self, found: Mapping[str, Sequence[Pair]]) -> None:
+        """Add the gradients of one loss."""
+        self.count += 1
+        for name, pairs in found.items():
+            g = weight_gradient(pairs)
+            for b, change in self.changes[name].items():
+                self.sums[name][b] += (torch.linalg.vecdot(g, change).double() ** 2).cpu()
+
+    def mean(self) -> dict[str, dict[int, Tensor]]:
+        """Return the errors so far."""
+        count = max(self.count, 1)
+        return {name: {b: e / count for b, e in sums.items()} for name, sums in self.sums.items()}
+
+
+class TokenGrams:
+    """X^T diag(|slope|^2) X of each layer: a token counts by what the action feels of it.
+
+    sums is name -> (in, in) float64.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, found: Mapping[str, Sequence[Pair]]) -> None:
+        """Add the gradients of one loss."""
+        for name, pairs in found.items():
+            x = torch.cat([pair[0] for pair in pairs])
+            felt = torch.cat([pair[1] for pair in pairs]).norm(dim=1, keepdim=True)
+            weighted = x * felt
+            gram = (weighted.T @ weighted).double().cpu()
+            self.sums[name] = self.sums[name] + gram if name in self.sums else gram
+
+
 def row_errors(
     net: nn.Module,
     names: Sequence[str],
     losses: Iterable[Loss],
-    rounded: Callable[[Tensor, int], Tensor],
+    rounded: Rounded,
     widths: Sequence[int],
 ) -> dict[str, dict[int, Tensor]]:
-    """Squared action error that each output row would cause alone, at each width.
-
-    rounded(weight, bits) is the weight at a width. Returns name -> width -> (out,) float64, the
-    mean over losses of (G_c . (Q_b(W_c) - W_c))^2 with G = d(r . A)/dW.
-    """
-    changes = {
-        name: {b: rounded(_weight(net, name), b) - _weight(net, name) for b in widths}
-        for name in names
-    }
-    sums = {
-        name: {b: torch.zeros(len(_weight(net, name)), dtype=torch.float64) for b in widths}
-        for name in names
-    }
-    count = 0
+    """RowErrors over some losses."""
+    errors = RowErrors(net, names, rounded, widths)
     for loss in losses:
-        count += 1
-        for name, pairs in gradients(net, names, loss).items():
-            g = weight_gradient(pairs)
-            for b in widths:
-                sums[name][b] += ((g * changes[name][b]).sum(1).double() ** 2).cpu()
-    return {name: {b: e / max(count, 1) for b, e in found.items()} for name, found in sums.items()}
+        errors.add(gradients(net, names, loss))
+    return errors.mean()
 
 
 def token_weights(
     net: nn.Module, names: Sequence[str], losses: Iterable[Loss]
 ) -> dict[str, Tensor]:
-    """Hessians of each layer's input in which a token counts by what the action feels of it.
-
-    Returns name -> (in, in) float64, sum over calls of x^T diag(|slope|^2) x.
-    """
-    found: dict[str, Tensor] = {}
+    """TokenGrams over some losses."""
+    grams = TokenGrams()
     for loss in losses:
-        for name, pairs in gradients(net, names, loss).items():
-            x = torch.cat([pair[0] for pair in pairs]).double()
-            felt = torch.cat([pair[1] for pair in pairs]).double().pow(2).sum(1)
-            gram = ((x * felt[:, None]).T @ x).cpu()
-            found[name] = found[name] + gram if name in found else gram
-    return found
+        grams.add(gradients(net, names, loss))
+    return grams.sums
 
 
 def _weight(net: nn.Module, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from quantvla_ros.quant.pack import absmax_scale, dequantize, packed, quantize
 from quantvla_ros.quant.scheme import PerRow
 from quantvla_ros.quant.sensitivity import Unit, demote
 
-RowErrors = Mapping[str, Mapping[int, Tensor]]  # layer -> width -> (out,)
+Errors = Mapping[str, Mapping[int, Tensor]]  # layer -> width -> (out,)
 
 
 def at_width(weight: Tensor, bits: int) -> Tensor:
@@ -32,7 +32,7 @@ def at_width(weight: Tensor, bits: int) -> Tensor:
 
 
 def assign_rows(
-    errors: RowErrors, columns: Mapping[str, int], widths: Sequence[int], mean_bits: float
+    errors: Errors, columns: Mapping[str, int], widths: Sequence[int], mean_bits: float
 ) -> dict[str, list[int]]:
     """Give every row of every layer a width, at most mean_bits for each weight on average."""
     units, table = [], {}

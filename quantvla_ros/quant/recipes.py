@@ -101,14 +101,20 @@ class Nearest:
 class Gptq:
     """GPTQ in the transformed frame; damp: share of the mean diagonal of H.
 
+    search: clip each row where its squared error is least, instead of absmax.
     guided: tokens count by what the action feels of them. refit: then scale each row by least
-    squares, so that its output is right for the rounded tokens.
+    squares, so that its output is right for the rounded tokens. noisy: H is that of the rounded
+    tokens, H + sigma^2 I with sigma^2 the mean of scale^2 / 12. centre: a bias takes away the mean
+    error that is left on the calibration tokens.
     """
 
     damp: float = 0.01
     act_order: bool = False
     guided: bool = False
+    search: bool = True
     refit: bool = False
+    noisy: bool = False
+    centre: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,10 +264,10 @@ _ALL = (
         takes='Smoothing, one Hadamard of 64 fused with the quantization of each token, GPTQ '
         'with the Hessian of the transformed frame.',
         differs='Everything is quantized, action attention and vision included; each layer takes '
-        'the transform with the least output error when weight and tokens are rounded; tokens '
-        'count in GPTQ by what the action feels of them; rows are rescaled by least squares at '
-        'no cost; inputs of o and down projections stay one width higher; nothing that cannot '
-        'leave the integer sum.',
+        'the transform with the least output error when weight and tokens are rounded; the '
+        'Hessian holds the noise that rounding adds to tokens; rows are never clipped; inputs of '
+        'o and down projections stay one width higher; nothing that cannot leave the integer '
+        'sum.',
         transform=(
             Search((
                 (Hadamard(64),),
@@ -271,7 +277,7 @@ _ALL = (
                 (Smooth(0.5),),
             )),
         ),
-        rounding=Gptq(guided=True, refit=True),
+        rounding=Gptq(search=False, noisy=True),
         raise_sensitive=True,
     ),
 )

@@ -6,6 +6,8 @@
 // So one shift and one mask of a vector give the operand of one dot-product instruction.
 //   bits 8: FIELDS 1, bits 4: FIELDS 2, bits 2: FIELDS 4; bits 16: [K][NR] bfloat16
 #pragma once
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <new>
 
@@ -21,10 +23,16 @@ constexpr int64_t MAX_N = 1 << 24;
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
+// Large blocks ask for large pages: one token reads a whole weight once, a page table entry per
+// 4 KiB would be missed all along.
 inline void* aligned(int64_t bytes) {
+  constexpr int64_t LARGE = 2 << 20;
   void* memory = nullptr;
-  return posix_memalign(&memory, 64, static_cast<size_t>(round_up(bytes + 64, 64))) ? nullptr
-                                                                                     : memory;
+  const bool large = bytes >= LARGE;
+  const auto size = static_cast<size_t>(round_up(bytes + 64, large ? LARGE : 64));
+  if (posix_memalign(&memory, large ? LARGE : 64, size)) return nullptr;
+  if (large) madvise(memory, size, MADV_HUGEPAGE);
+  return memory;
 }
 
 struct Part {

@@ -5,14 +5,21 @@ import pytest
 import torch
 from toy import WIDTH, ToyNet, directions, frames, runner, toy_sites
 
-from quantvla_ros.kernels.weights import MixedWeight
-from quantvla_ros.quant.convert import quantize_net, recipe_layout
-from quantvla_ros.quant.fit import fit_transform, trial_error
+from quantvla_ros.kernels.weights import MixedWeight, dequantize
+from quantvla_ros.quant.convert import (
+    quantize_linear,
+    quantize_net,
+    recipe_layout,
+    token_noise,
+)
+from quantvla_ros.quant.fit import Fit, fit_transform, trial_error
 from quantvla_ros.quant.linear import QuantLinear, denoising_step
-from quantvla_ros.quant.observe import observe
-from quantvla_ros.quant.recipes import RECIPES, Hadamard, Recipe, Search, Smooth
-from quantvla_ros.quant.scheme import PerStep, parse_scheme
-from quantvla_ros.quant.simulate import SimulatedLinear, simulate
+from quantvla_ros.quant.observe import InputStatistics, observe
+from quantvla_ros.quant.recipes import RECIPES, Gptq, Hadamard, Recipe, Search, Smooth
+from quantvla_ros.quant.rounding import gptq
+from quantvla_ros.quant.scheme import PerRow, PerStep, parse_scheme
+from quantvla_ros.quant.simulate import SimulatedLinear, round_tokens, simulate
+from quantvla_ros.quant.transforms import InputTransform
 
 
 def run_steps(net):
@@ -151,3 +158,54 @@ def test_another_module_can_stand_in_for_the_integer_layer():
     x = frames(2, seed=4)
     assert isinstance(net.blocks[1].up, SimulatedLinear)
     assert float((net(x) - exact(x)).norm() / exact(x).norm()) < 0.02
+
+
+def offset_layer():
+    """A layer whose inputs have a large mean, and what was seen of them."""
+    drawn = torch.Generator().manual_seed(0)
+    weight = torch.randn(32, 64, generator=drawn)
+    seen = InputStatistics(64)
+    x = torch.randn(400, 64, generator=drawn) + 3 * torch.randn(64, generator=drawn)
+    for part in x.chunk(8):
+        seen.add(part)
+    return weight, seen, x
+
+
+def layer_output_error(rounding, precision='w4a8'):
+    weight, seen, x = offset_layer()
+    recipe = Recipe('one', '', '', '', rounding=rounding)
+    layer = quantize_linear(recipe, weight, None, seen, parse_scheme(precision))
+    return (SimulatedLinear(layer)(x) - x @ weight.T), x
+
+
+def test_centring_leaves_no_mean_error():
+    plain, _ = layer_output_error(Gptq(search=False))
+    centred, _ = layer_output_error(Gptq(search=False, centre=True))
+    assert float(centred.mean(0).abs().max()) < 0.05 * float(plain.mean(0).abs().max())
+
+
+def test_refit_lowers_the_error_of_rows_that_were_clipped():
+    plain, _ = layer_output_error(Gptq())
+    refit, _ = layer_output_error(Gptq(refit=True))
+    assert float(refit.pow(2).sum()) < float(plain.pow(2).sum())
+
+
+def test_noise_of_tokens_is_that_of_their_rounding():
+    _, seen, x = offset_layer()
+    found = token_noise(Fit(InputTransform()), seen, parse_scheme('w4a4'))
+    true = (round_tokens(x, 4) - x).double().pow(2).mean()
+    assert found == pytest.approx(float(true), rel=0.1)
+
+
+def test_noisy_gptq_rounds_with_the_hessian_of_rounded_tokens():
+    weight, seen, _ = offset_layer()
+    scheme = parse_scheme('w4a4')
+    noise = token_noise(Fit(InputTransform()), seen, scheme)
+    layers = [
+        quantize_linear(Recipe('one', '', '', '', rounding=Gptq(search=False, noisy=noisy)),
+                        weight, None, seen, scheme)
+        for noisy in (True, False)
+    ]
+    expected = gptq(weight, seen.hessian + noise * torch.eye(64), 4, PerRow(), search=False)
+    torch.testing.assert_close(dequantize(layers[0].weight), expected.dequantized())
+    assert not torch.equal(layers[0].weight.data, layers[1].weight.data)

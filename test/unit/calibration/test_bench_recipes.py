@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of recipes is made end to end, on a tiny policy and its twin."""
+
+import json
+
+import pytest
+
+from quantvla_ros.cli import main
+
+
+@pytest.fixture
+def rows(model, frames_path, tmp_path):
+    def make(*more):
+        out = tmp_path / 'rows.json'
+        status = main(['bench', 'recipes', '--model', str(model), '--frames', str(frames_path),
+                       '--threads', '1', '--json', str(out), *more])
+        assert status == 0
+        return json.loads(out.read_text())['rows']
+
+    return make
+
+
+def test_policy_and_twin_meet_the_same_recipes(rows, capsys):
+    found = rows('--precisions', 'w8a8,w4a4', '--recipes', 'rtn,onboard,quantvla_first_batch')
+    by_key = {(r['model'], r['recipe'], r['precision']): r for r in found}
+    for model in ('policy', 'twin'):
+        floor = by_key[model, 'another noise seed', 'float']['mean_mrad']
+        wide, narrow = (by_key[model, 'rtn', p]['mean_mrad'] for p in ('w8a8', 'w4a4'))
+        assert 0 < wide < narrow and wide < floor
+        assert by_key[model, 'quantvla_first_batch', 'w4a4']['nbytes'] == 0
+    assert by_key['twin', 'rtn', 'w4a4']['mean_mrad'] > by_key['policy', 'rtn', 'w4a4'][
+        'mean_mrad']
+    assert by_key['twin', 'onboard', 'w4a4']['mean_mrad'] < by_key['twin', 'rtn', 'w4a4'][
+        'mean_mrad']
+    assert by_key['policy', 'rtn', 'w4a4']['nbytes'] < by_key['policy', 'rtn', 'w8a8']['nbytes']
+    assert '**twin**' in capsys.readouterr().out
+
+
+def test_ablation_measures_every_layout(rows):
+    found = rows('--ablation', 'w4a8', '--models', 'policy')
+    errors = {r['recipe']: r['mean_mrad'] for r in found if r['precision'] == 'w4a8'}
+    assert len(errors) == 16
+    assert errors['quantvla:backbone'] < errors['quantvla:full']
+
+
+def test_unknown_model_is_a_sentence(model, frames_path, capsys):
+    assert main(['bench', 'recipes', '--model', str(model), '--frames', str(frames_path),
+                 '--models', 'other']) == 2
+    assert 'known are policy and twin' in capsys.readouterr().err
