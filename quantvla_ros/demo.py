@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--policy', default='',
                         help=f'one of {", ".join(sorted(POLICIES))}; empty takes the shipped one')
     parser.add_argument('--model', default='', help='folder of the checkpoint')
-    parser.add_argument('--precision', default='float', help='float or the name of an artifact')
+    parser.add_argument('--precision', default='w8a8',
+                        help='float, the name of an artifact, or a scheme such as w4a8, which is '
+                             'then made by rounding to nearest (default w8a8)')
     parser.add_argument('--out', type=Path, help='folder for film, plot, bag and log')
     parser.add_argument('--pace', type=float, default=default_pace(),
                         help='simulated seconds per second; below 1 is slow motion')
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def default_pace() -> float:
     """Return real time, or slow motion where simulating, rendering and inferring share a core."""
-    return 1.0 if (os.cpu_count() or 1) >= 4 else 0.25
+    return 1.0 if (os.cpu_count() or 1) >= 2 else 0.25
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,12 @@ def run(args: argparse.Namespace) -> int:
     policy, model = choose_policy(args.policy, args.model)
     tasks = [args.task if args.task >= 0 else number % 10 for number in range(args.episodes)]
     pack_scenes(args.suite, tasks)
+    precision = choose_precision(policy, model, args.precision)
     contract = 'libero_expert' if policy == 'expert' else 'libero_panda'
     given = {
-        'contract': contract, 'suite': args.suite, 'task': str(tasks[0]), 'policy': policy, 'model': model,
-        'precision': args.precision, 'camera_rate': str(args.camera_rate), 'record': 'true',
+        'contract': contract, 'suite': args.suite, 'task': str(tasks[0]),
+        'policy': policy, 'model': model,
+        'precision': precision, 'camera_rate': str(args.camera_rate), 'record': 'true',
         'pace': str(args.pace), 'recorder': 'record_node', 'bag': str(out / 'bag'),
         'enable_on_activate': 'false',
         'params_file': str(share_path('config/slow_machine.yaml')),
@@ -122,6 +126,22 @@ def choose_policy(name: str, model: str) -> tuple[str, str]:
         print('No trained weights in models/: the scripted expert drives the arm. It reads the '
               "simulator's state; a policy sees only cameras and joints.")
         return 'expert', ''
+
+
+def choose_precision(policy: str, model: str, precision: str) -> str:
+    """Return a precision that the policy can load; makes an artifact where there is none yet."""
+    if policy != 'libero_panda' or precision in ('float', 'bfloat16'):
+        return precision if policy == 'libero_panda' else 'float'
+    from quantvla_ros.calibration.pipeline import nearest_artifact
+    from quantvla_ros.policies.libero_quantized import find_artifact
+
+    folder = Path(model) if model else share_path('models/libero_panda')
+    try:
+        find_artifact(folder, precision)
+    except ValueError:
+        print(f'Rounding the policy to {precision}, once on this machine.', flush=True)
+        return str(nearest_artifact(folder, precision))
+    return precision
 
 
 def pack_scenes(suite: str, tasks: list[int]) -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from quantvla_ros.contract import load_contract
@@ -210,11 +210,19 @@ def robot_graph(values: Mapping[str, Value]) -> list[Process]:
     return _with_recorder(values, _policy(values))
 
 
+LIBERO_STEP_RAD = 2.0
+
+
 def sim_graph(values: Mapping[str, Value]) -> list[Process]:
     """The simulated Panda and the policy node."""
     slow = float(values['pace']) < 1.0
     values = {**values, 'use_sim_time': slow or values['mode'] == 'lockstep'}
-    return _with_recorder(values, _sim(values), _policy(values))
+    policy = _policy(values)
+    # LIBERO's controller pulls far targets closer, and policies trained on it may ask for them;
+    # the joint limits hold all the same.
+    patient = {**policy.parameters, 'guard.huge_step_rad': LIBERO_STEP_RAD}
+    policy = replace(policy, parameters=patient)
+    return _with_recorder(values, _sim(values), policy)
 
 
 def record_graph(values: Mapping[str, Value]) -> list[Process]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantize a whole policy by a recipe: layers, then matching. Shared by the command and the table.
 
-Owns the order of the stages. Writes no file.
+Owns the order of the stages, and the cache of artifacts that need no frames.
 """
 
 from __future__ import annotations
@@ -9,17 +9,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
 
 from quantvla_ros.calibration.policy_runs import batches, chunks, losses
 from quantvla_ros.observation import Observation
+from quantvla_ros.policies.libero_checkpoint import read_checkpoint, read_settings
 from quantvla_ros.policies.libero_panda import LiberoVla
+from quantvla_ros.policies.libero_vla import LiberoVlaNet
 from quantvla_ros.policies.sites import libero_vla_sites
-from quantvla_ros.quant.convert import Known, Progress, ask, quantize_net
+from quantvla_ros.quant.artifact import JSON_NAME, Provenance, write_artifact
+from quantvla_ros.quant.convert import (
+    Known,
+    Progress,
+    ask,
+    quantize_linear,
+    quantize_net,
+    recipe_layout,
+)
 from quantvla_ros.quant.layout import EVERYTHING
 from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear
 from quantvla_ros.quant.matching import Factors, fit_factors, fold
-from quantvla_ros.quant.recipes import Recipe
-from quantvla_ros.quant.scheme import Scheme
+from quantvla_ros.quant.observe import InputStatistics
+from quantvla_ros.quant.recipes import Recipe, find_recipe
+from quantvla_ros.quant.scheme import Scheme, parse_scheme
+from quantvla_ros.resources import cache_folder
 
 FELT_FRAMES = 24  # frames that tell what the action feels; each costs a backward pass
 MATCHING_BATCH = 4  # frames whose logits are held at once
@@ -90,3 +105,36 @@ def quantize_policy(
     parts = batches(policy, observations, seed, MATCHING_BATCH)
     factors = fit_factors(teacher, policy.net, sites, parts, recipe.matching)
     return Result(fold(policy.net, sites, layers, factors, make), factors)
+
+
+def quantize_unseen(
+    net: LiberoVlaNet, recipe: Recipe, precision: Scheme
+) -> dict[str, QuantizedLayer]:
+    """Quantize without calibration frames. Raises ValueError where the recipe needs them."""
+    if recipe.needs_frames:
+        raise ValueError(f'recipe {recipe.name!r} needs calibration frames; see `quantvla frames`')
+    sites = libero_vla_sites(net)
+    layout = recipe_layout(recipe, sites, precision)
+    layers = {}
+    for site in sites.linears:
+        if not layout[site.name].is_float:
+            linear = net.get_submodule(site.name)
+            assert isinstance(linear, nn.Linear)
+            nothing = InputStatistics(site.in_features)
+            layers[site.name] = quantize_linear(
+                recipe, linear.weight, linear.bias, nothing, layout[site.name]
+            )
+    return layers
+
+
+def nearest_artifact(model: Path, precision: str) -> Path:
+    """Return an artifact of a checkpoint rounded to nearest, made once and kept in the cache."""
+    sha256 = read_settings(model).sha256
+    folder = cache_folder() / 'artifacts' / f'{sha256[:12]}-rtn-{precision}'
+    if not (folder / JSON_NAME).is_file():
+        recipe, scheme = find_recipe('rtn'), parse_scheme(precision)
+        checkpoint, net = read_checkpoint(model)
+        layers = quantize_unseen(net, recipe, scheme)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_artifact(folder, layers, Provenance(checkpoint.sha256, recipe.name, precision))
+    return folder

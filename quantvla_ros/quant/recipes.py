@@ -173,6 +173,13 @@ class Recipe:
         )
 
     @property
+    def needs_frames(self) -> bool:
+        """Whether anything depends on what enters a layer; rounding to nearest does not."""
+        nearest = isinstance(self.rounding, Nearest) and not self.rounding.search
+        plain = not self.transform and self.action_rounding is None and self.matching is None
+        return not (nearest and plain and isinstance(self.act, PerRow))
+
+    @property
     def weight(self) -> Granularity:
         """Granularity of the weights' scales."""
         return PerGroup(self.group) if self.group else PerRow()

@@ -21,6 +21,7 @@ from quantvla_ros.action import NS_PER_S, ActionChunk
 from quantvla_ros.contract import Contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.vocabulary import UnknownWords
+from quantvla_ros.sim.scenes import MAX_TEXTURE
 
 CAPS = {'libero_spatial': 220, 'libero_object': 280, 'libero_goal': 300, 'libero_10': 520}
 OTHER_CAP = 400  # libero_90
@@ -101,7 +102,7 @@ class Settings:
     batch: int = 1
     execute: int = 0
     seed: int = 0
-    max_texture: int = 0
+    max_texture: int = MAX_TEXTURE
     noise_rad: float = 0.0
     slip: bool = False
     real: bool = False

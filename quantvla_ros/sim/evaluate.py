@@ -34,7 +34,7 @@ from quantvla_ros.sim.episodes import (
     check_contract,
 )
 from quantvla_ros.sim.players import Player, play_in_processes, play_on_ray
-from quantvla_ros.sim.scenes import SUITES, Scene, check_task, load_scene, pack
+from quantvla_ros.sim.scenes import MAX_TEXTURE, SUITES, Scene, check_task, load_scene, pack
 
 PROGRESS_S = 10.0
 DECIDING_PACKAGES = ('mujoco', 'torch', 'numpy')
@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='force the gripper open once, just after it has lifted the object')
     add('--real', action='store_true',
         help='play in robosuite and LIBERO themselves, with the original textures')
-    add('--max-texture', type=int, default=0, metavar='PX', help='scale textures down to this')
+    add('--max-texture', type=int, default=MAX_TEXTURE, metavar='PX',
+        help='scale textures down to this, as the shipped policy was trained; 0: originals')
     add('--device', default='cpu', help='where the policy computes: cpu or cuda')
     add('--batch', type=int, default=0, metavar='N',
         help='compute in one process, in batches of N; default: 1 on a CPU, the number of '

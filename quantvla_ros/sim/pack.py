@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from quantvla_ros.sim.scenes import MAIN_SUITES, export, pack, parse_tasks
+from quantvla_ros.sim.scenes import MAIN_SUITES, MAX_TEXTURE, export, pack, parse_tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f'what to pack: {", ".join(MAIN_SUITES)}, libero_90, the perturbed suites '
         '(libero_goal_swap, _object, _lan, _task), or one task such as libero_goal/3')
     parser.add_argument(
-        '--max-texture', type=int, default=0, metavar='PX',
-        help='scale textures down to this edge (512 makes a pack small enough to carry); '
-        '0, the default, keeps the originals')
+        '--max-texture', type=int, default=MAX_TEXTURE, metavar='PX',
+        help='scale textures down to this edge (512, the default, is what the shipped policy was '
+        'trained on); 0 keeps the originals')
     parser.add_argument(
         '--export', type=Path, metavar='FOLDER',
         help='copy the packed tasks into a folder that needs only mujoco; on the other machine '

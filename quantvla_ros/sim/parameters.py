@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantvla_ros.nodes.parameters import LIVE, START, Parameter, check
-from quantvla_ros.sim.scenes import SUITES, check_task
+from quantvla_ros.sim.scenes import MAX_TEXTURE, SUITES, check_task
 
 SIM_NODE: tuple[Parameter, ...] = (
     Parameter('contract', 'libero_panda', '', START,
@@ -40,8 +40,9 @@ SIM_NODE: tuple[Parameter, ...] = (
               'joint_trajectory: accept messages that name only some joints.'),
     Parameter('publish_instruction', True, '', START,
               "Publish the task's instruction, latched, on the contract's instruction topic."),
-    Parameter('max_texture', 0, 'px', START,
-              'Scale textures down to this edge; 0 keeps the originals.', 0, 8192),
+    Parameter('max_texture', MAX_TEXTURE, 'px', START,
+              'Scale textures down to this edge, as the shipped policy was trained; 0 keeps '
+              'the originals.', 0, 8192),
     Parameter('camera.rate_hz', 20.0, 'Hz', LIVE,
               'Most pictures per second and camera; rendering may allow fewer.', 0.1, 60.0),
     Parameter('camera.width', 0, 'px', START,

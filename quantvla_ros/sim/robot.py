@@ -25,7 +25,7 @@ from quantvla_ros.sim.controllers import (
     Motion,
     violation,
 )
-from quantvla_ros.sim.scenes import load_scene
+from quantvla_ros.sim.scenes import MAX_TEXTURE, load_scene
 from quantvla_ros.sim.urdf import ARM_JOINTS, FINGER_JOINTS, JOINTS
 from quantvla_ros.sim.world import GRIPPER_SPEED, OPEN, World
 
@@ -71,7 +71,7 @@ class SimRobot:
         kind: str,
         from_desired: bool = False,
         allow_partial: bool = False,
-        max_texture: int = 0,
+        max_texture: int = MAX_TEXTURE,
     ) -> None:
         """Make the robot; it has no scene until start is called."""
         self.contract = contract

@@ -37,6 +37,10 @@ SCENES_VARIABLE = 'QUANTVLA_SCENES'
 
 Say = Callable[[str], None]
 
+# Textures are scaled down to this edge unless told otherwise: the shipped policy was trained on
+# such pictures and is not robust to the originals. 0 keeps LIBERO's own files.
+MAX_TEXTURE = 512
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -111,7 +115,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def scenes_folder(max_texture: int = 0) -> Path:
+def scenes_folder(max_texture: int = MAX_TEXTURE) -> Path:
     """Where scenes are packed: one folder per version of the wheels and texture limit.
 
     QUANTVLA_SCENES names an exported folder instead, on a machine without the wheels.
@@ -130,7 +134,7 @@ def is_packed(suite: str, task_id: int, root: Path) -> bool:
 
 def pack(
     tasks: Iterable[tuple[str, int]],
-    max_texture: int = 0,
+    max_texture: int = MAX_TEXTURE,
     say: Say | None = None,
 ) -> Path:
     """Pack the tasks that are missing and return the folder.
@@ -167,7 +171,7 @@ def pack(
 
 
 def load_scene(
-    suite: str, task_id: int, max_texture: int = 0, say: Say | None = None
+    suite: str, task_id: int, max_texture: int = MAX_TEXTURE, say: Say | None = None
 ) -> Scene:
     """Return a task, packed first when the cache lacks it.
 
@@ -191,7 +195,7 @@ def load_scene(
 def export(
     tasks: Iterable[tuple[str, int]],
     target: Path,
-    max_texture: int = 0,
+    max_texture: int = MAX_TEXTURE,
     say: Say | None = None,
 ) -> Path:
     """Copy packed tasks and just the files they name into one folder that needs only mujoco.

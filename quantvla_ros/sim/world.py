@@ -15,7 +15,7 @@ import numpy as np
 
 from quantvla_ros.sim.predicates import GoalReader
 from quantvla_ros.sim.rendering import SceneRenderer, mujoco, set_render_quality
-from quantvla_ros.sim.scenes import Scene, load_scene
+from quantvla_ros.sim.scenes import MAX_TEXTURE, Scene, load_scene
 
 KP = 200.0  # 1/s^2, on the mass matrix
 KD = 2.0 * np.sqrt(KP)  # critically damped
@@ -247,6 +247,6 @@ class World:
         self._renderers.clear()
 
 
-def make_world(suite: str, task_id: int, max_texture: int = 0) -> World:
+def make_world(suite: str, task_id: int, max_texture: int = MAX_TEXTURE) -> World:
     """Return the world of a task, packed first when the cache lacks it."""
     return World(load_scene(suite, task_id, max_texture))

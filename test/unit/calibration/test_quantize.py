@@ -142,3 +142,33 @@ def test_gripper_flips_are_counted_apart():
     error = action_error(found, reference, 4)
     assert error.mean_mrad == pytest.approx(0.5)
     assert error.gripper == pytest.approx(0.25)
+
+
+def test_rounding_to_nearest_needs_no_frames_and_is_made_once(model, contract, observations,
+                                                              tmp_path, monkeypatch):
+    from quantvla_ros.calibration.pipeline import nearest_artifact
+    from quantvla_ros.policies.base import PolicySettings
+    from quantvla_ros.policies.libero_panda import LiberoVla
+
+    monkeypatch.setenv('QUANTVLA_CACHE', str(tmp_path))
+    folder = nearest_artifact(model, 'w8a8')
+    made = (folder / 'artifact.json').stat().st_mtime_ns
+    assert nearest_artifact(model, 'w8a8') == folder
+    assert (folder / 'artifact.json').stat().st_mtime_ns == made
+    settings = PolicySettings(model=str(model), precision=str(folder))
+    near = LiberoVla(contract, settings)
+    plain = LiberoVla(contract, PolicySettings(model=str(model)))
+    off = action_error(chunks(near, observations), chunks(plain, observations), 8)
+    other = action_error(chunks(plain, observations, 99), chunks(plain, observations), 8)
+    assert 0 < off.mean_mrad < 0.2 * other.mean_mrad
+
+
+def test_a_recipe_that_needs_frames_is_refused_without_them(model):
+    from quantvla_ros.calibration.pipeline import quantize_unseen
+    from quantvla_ros.policies.libero_checkpoint import read_checkpoint
+    from quantvla_ros.quant.recipes import RECIPES
+    from quantvla_ros.quant.scheme import parse_scheme
+
+    assert [name for name, recipe in RECIPES.items() if not recipe.needs_frames] == ['rtn']
+    with pytest.raises(ValueError, match='needs calibration frames'):
+        quantize_unseen(read_checkpoint(model)[1], RECIPES['gptq'], parse_scheme('w4a8'))
