@@ -35,8 +35,8 @@ robot: two_joints
 policy: sweep
 instruction: {topic: instruction, default: sweep}
 cameras:
-  front: {topic: front/image, width: 8, height: 6, max_age_s: 0.6, max_silence_s: 0.6}
-joints: {topic: joint_states, names: [shoulder, elbow], max_age_s: 0.6, max_silence_s: 0.6}
+  front: {topic: front/image, width: 8, height: 6, max_age_s: 0.9, max_silence_s: 0.6}
+joints: {topic: joint_states, names: [shoulder, elbow], max_age_s: 0.9, max_silence_s: 0.6}
 action: {kind: absolute, joints: [shoulder, elbow], horizon: 20, execute: 3, rate_hz: 10.0}
 controller: {kind: KIND, topic: arm/commands, joints: [elbow, shoulder], rate_hz: 100.0}
 """
