@@ -121,7 +121,7 @@ def test_shipped_policy_solves_an_official_start(tmp_path):
 
 def test_robosuite_itself_moves_and_sees_what_world_does():
     """robosuite's textures are the originals; so are those of a scene packed without a limit."""
-    real, world = RobosuiteWorld('libero_object', 2), make_world('libero_object', 2)
+    real, world = RobosuiteWorld('libero_object', 2), make_world('libero_object', 2, 0)
     try:
         assert real.scene.instruction == world.scene.instruction
         for start in (1, 0):  # the second reset must leave nothing of the first
