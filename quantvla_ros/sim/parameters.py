@@ -24,8 +24,8 @@ SIM_NODE: tuple[Parameter, ...] = (
     Parameter('seed', 0, '', LIVE,
               'Seed of a random start; takes effect at ~/reset.', 0, 2**31 - 1),
     Parameter('lighting', 'day', '', LIVE,
-              'day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6,seed=1; '
-              'takes effect at ~/reset.'),
+              'day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6; takes '
+              'effect at ~/reset.'),
     Parameter('mode', 'realtime', '', START,
               'realtime follows the wall clock; lockstep stands still until a command arrives '
               'and moves on by one control period for each.', allowed=('realtime', 'lockstep')),

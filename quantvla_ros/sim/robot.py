@@ -25,6 +25,7 @@ from quantvla_ros.sim.controllers import (
     Motion,
     violation,
 )
+from quantvla_ros.sim.lighting import parse_lighting
 from quantvla_ros.sim.scenes import MAX_TEXTURE, load_scene
 from quantvla_ros.sim.urdf import ARM_JOINTS, FINGER_JOINTS, JOINTS
 from quantvla_ros.sim.world import GRIPPER_SPEED, OPEN, World
