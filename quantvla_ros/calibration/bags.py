@@ -123,7 +123,9 @@ def moments(
 def _check_all_came(bag: BagFiles, contract: Contract, pairing: Pairing) -> None:
     missing = pairing.builder.missing()
     if missing:
-        raise BagError(f'{bag.path} holds no usable message of {", ".join(missing)}')
+        reasons = '; '.join(f'{count} {reason}' for reason, count in pairing.rejected.items())
+        raise BagError(f'{bag.path} holds no usable message of {", ".join(missing)}'
+                       + (f' (not used: {reasons})' if reasons else ''))
 
 
 def _messages(
