@@ -108,7 +108,7 @@ def moments(
             pairing.rejected[f'{raw.topic}: a message that cannot be decoded'] += 1
             continue
         if name in cameras:
-            if pairing.take_camera(cameras[name], message):
+            if pairing.take_camera(cameras[name], message, raw.received_ns):
                 reading.moments += 1
                 yield Moment(reading.moments - 1, pairing.look)
         elif name == contract.joints.topic:

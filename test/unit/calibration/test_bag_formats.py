@@ -4,6 +4,7 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 from bag_maker import (
@@ -258,3 +259,16 @@ def test_picture_of_the_contract_is_the_one_that_was_sent(plain):
     assert first.image_stamps_ns['front'] == 17 * 10**17
     sent = picture(0, 0).data.reshape(12, 16, 3)
     assert abs(int(sent.mean()) - int(first.images['front'].mean())) <= 1
+
+
+def test_vector_that_falls_silent_is_not_paired_with_later_pictures(tmp_path):
+    contract = parse_contract({**DATA, 'vectors': {'force': {'topic': 'force', 'size': 1}}})
+    layout = make('std_msgs/msg/MultiArrayLayout', dim=[], data_offset=0)
+    force = [('force', stamp, make('std_msgs/msg/Float64MultiArray', layout=layout,
+                                   data=np.array([1.5])))
+             for topic, stamp, _ in script() if topic == 'joint_states' and stamp < 17e17 + 5e9]
+    messages = sorted([*script(), *force], key=lambda item: item[1])
+    bag = write(tmp_path / 'bag', messages)
+    found = frames_of(bag, contract, FrameSettings(20, 5))
+    assert found.rejected == {"vector 'force': older than max_age_s beside the others": 48}
+    assert found.fit[0].vectors['force'].tolist() == [1.5]

@@ -36,7 +36,7 @@ def walks(draw):
     return candidates(times, joints)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(walks(), st.floats(0.05, 0.5), st.floats(0, 2), st.integers(1, 4))
 def test_parts_are_apart_in_time_by_the_gap(found, share, gap_s, spans):
     fit, held = part_by_time(found, share, gap_s, spans)
@@ -47,7 +47,7 @@ def test_parts_are_apart_in_time_by_the_gap(found, share, gap_s, spans):
         assert nearest >= gap_s * (1 - 1e-9) - 1e-9
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(walks(), st.data())
 def test_a_draw_has_the_count_in_order_and_without_repetition(found, data):
     count, seed = data.draw(st.integers(1, len(found))), data.draw(st.integers(0, 99))
@@ -96,7 +96,7 @@ def test_a_new_instruction_makes_a_new_frame():
 def test_noise_of_a_sensor_does_not_make_frames_different():
     rng = np.random.default_rng(0)
     def look(i):
-        image = (100 + rng.normal(0, 10, (64, 64, 3))).clip(0, 255).astype(np.uint8)
+        image = (100 + rng.normal(0, 10, (128, 128, 3))).clip(0, 255).astype(np.uint8)
         return Observation({'a': image}, {'a': i}, ('j',), np.zeros(1), i, 'go')
 
     seen = [candidate_of(i, float(i), look(i)) for i in range(50)]
