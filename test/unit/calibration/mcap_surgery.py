@@ -3,6 +3,7 @@
 
 import io
 import struct
+from zlib import crc32
 
 MAGIC = b'\x89MCAP0\r\n'
 SCHEMA, CHANNEL, MESSAGE, CHUNK, MESSAGE_INDEX, CHUNK_INDEX, STATISTICS = 3, 4, 5, 6, 7, 8, 11
@@ -75,3 +76,21 @@ def without_end(data):
     """What a killed recorder leaves: neither index nor end."""
     end = next(place for kind, _, place in records(data) if kind == 15)
     return data[:end]
+
+
+def with_checksums(data):
+    """Uncompressed chunks that carry their checksum, as rosbag2 writes them by default."""
+    out = bytearray(data)
+    for kind, body, place in records(data):
+        if kind == CHUNK:
+            struct.pack_into('<I', out, place + 9 + 24, crc32(chunk_records(body)))
+    return bytes(out)
+
+
+def with_an_empty_chunk(data):
+    """The records of one chunk in the middle were never written: its block holds zeros."""
+    chunks = [(place, len(body)) for kind, body, place in records(data) if kind == CHUNK]
+    place, size = chunks[len(chunks) // 2]
+    out = bytearray(data)
+    out[place + 9 + 40 : place + 9 + size] = bytes(size - 40)
+    return bytes(out)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from bag_maker import (
     CONTRACT,
+    DATA,
     STILL,
     Scene,
     joint_state,
@@ -22,11 +23,13 @@ from bag_maker import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mcap_surgery import with_an_empty_chunk, with_checksums, without_end
 from rosbags.rosbag2 import CompressionMode, StoragePlugin
 
 from quantvla_ros.calibration import bags
 from quantvla_ros.calibration.bags import BagError, ReadOptions, observations
 from quantvla_ros.calibration.frames import FrameSettings, frames_of
+from quantvla_ros.contract import parse_contract
 
 FEW = FrameSettings(20, 5)
 PARTIAL = ReadOptions(partial=True)
@@ -219,12 +222,30 @@ def test_corrupt_chunk_is_refused_with_what_came_before(tmp_path):
     refuses(big, r'is damaged.*Before that [1-9]\d* messages')
 
 
+@pytest.mark.parametrize('cut', [bytes, without_end], ids=['indexed', 'scanned'])
+def test_one_flipped_pixel_is_seen_where_there_are_checksums(tmp_path, cut):
+    big = record(tmp_path / 'bag', pad=20_000)
+    data = bytearray(cut(with_checksums(storage_file(big).read_bytes())))
+    data[len(data) // 2] ^= 0x10
+    file = tmp_path / 'flipped.mcap'
+    file.write_bytes(data)
+    refuses(file, r'checksum.*Before that [1-9]\d* messages')
+
+
 @pytest.mark.parametrize('storage', StoragePlugin, ids=lambda v: v.name.lower())
 def test_hole_of_zeros_is_refused(tmp_path, storage):
     """As a power cut leaves it: the file has its length, a part of it was never written."""
     big = record(tmp_path / 'bag', pad=20_000, storage=storage)
     overwrite(storage_file(big), 1_500_000, 0)
     refuses(big, r'is damaged.*Before that [1-9]\d* messages')
+
+
+def test_chunk_of_zeros_is_missed_by_its_count(tmp_path):
+    """Zeros read as records without content: only the index knows that messages are lost."""
+    big = record(tmp_path / 'bag', pad=20_000)
+    file = storage_file(big)
+    file.write_bytes(with_an_empty_chunk(file.read_bytes()))
+    refuses(big, r'is damaged: \d+ of 502 messages are lost')
 
 
 def overwrite(file, size, value):
@@ -303,6 +324,16 @@ def test_memory_does_not_grow_with_the_bag(tmp_path):
         tracemalloc.stop()
     assert count == 240
     assert peak < 8e6
+
+
+def test_chosen_frames_do_not_keep_their_messages(tmp_path):
+    """A picture that needs no resizing is a view of its message; what is kept owns its bytes."""
+    cameras = {name: {**part, 'policy': {}} for name, part in DATA['cameras'].items()}
+    contract = parse_contract({**DATA, 'cameras': cameras})
+    found = frames_of(record(tmp_path / 'bag', pad=5000), contract, FEW)
+    for image in found.fit[0].images.values():
+        assert image.base is not None and image.base.flags.owndata
+        assert image.base.nbytes == image.nbytes == 16 * 12 * 3
 
 
 def test_refusals_are_of_the_type_that_users_can_mend():

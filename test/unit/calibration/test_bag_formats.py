@@ -237,6 +237,7 @@ def test_pictures_and_joints_are_paired_by_stamp_within_their_age(tmp_path):
                 if item[0] != 'joint_states' or not 3.0 <= (item[1] - 17 * 10**17) / 1e9 < 3.5]
     found = frames_of(write(tmp_path / 'bag', messages), CONTRACT, FrameSettings(20, 5))
     assert found.rejected == {'joint states: older than max_age_s beside the others': 4}
+    assert found.facts['moments'] == 96
     for one in (*found.fit, *found.held_out):
         assert one.spread_ns() <= 0.1 * 10**9
 
