@@ -45,7 +45,7 @@ def open_source(file: Path, storage: str) -> Iterator[Source]:
             yield McapScan(plain) if storage == 'mcap' else SqliteScan(plain)
             return
         try:
-            yield Indexed(reader, file.name)
+            yield Indexed(reader, file.name, _unread_log(plain))
         finally:
             reader.close()
 
@@ -64,6 +64,19 @@ def _unpacked(file: Path) -> Iterator[Path]:
             except (zstd().ZstdError, EOFError) as error:
                 raise DamagedError(f'{file.name} cannot be unpacked: {error}') from error
         yield plain
+
+
+def _unread_log(file: Path) -> str:
+    """Return a sentence about messages that lie beside a database of a killed recorder, or ''.
+
+    SQLite would fold them in, and write to the bag in doing so.
+    """
+    log = file.with_name(file.name + '-wal')
+    if not log.is_file() or not log.stat().st_size:
+        return ''
+    return (f'{file.name} has a write-ahead log of {log.stat().st_size} bytes that its recorder '
+            f"left and that is not read; fold it in with `sqlite3 {file.name} 'PRAGMA "
+            "wal_checkpoint'`")
 
 
 def _rosbags_reader(file: Path) -> Any:
@@ -89,9 +102,10 @@ def _rosbags_reader(file: Path) -> Any:
 class Indexed:
     """A whole file with an index."""
 
-    def __init__(self, reader: Any, name: str) -> None:
+    def __init__(self, reader: Any, name: str, unread: str = '') -> None:
         self._reader = reader
         self._name = name
+        self._unread = unread
 
     def topics(self) -> dict[str, str]:
         """Return topic -> type."""
@@ -114,6 +128,8 @@ class Indexed:
         if count < due:  # blocks of zeros, as a power cut leaves them, read as if nothing were
             lost = f'{due - count} of {due} messages are lost'
             raise DamagedError(f'{self._name} is damaged: {lost}')
+        if self._unread:
+            raise DamagedError(self._unread)
 
 
 class McapScan:
@@ -175,8 +191,10 @@ class SqliteScan:
                     if name in wanted:
                         yield Raw(name, kind, received_ns, plain(data))
         except sqlite3.Error as error:
-            raise DamagedError(f'{self._file.name} is damaged: {error}') from error
-        raise DamagedError(f'{self._file.name} is damaged: its index cannot be read')
+            log = _unread_log(self._file)
+            raise DamagedError(log or f'{self._file.name} is damaged: {error}') from error
+        log = _unread_log(self._file)
+        raise DamagedError(log or f'{self._file.name} is damaged: its index cannot be read')
 
     def _connect(self) -> sqlite3.Connection:
         uri = f'{self._file.absolute().as_uri()}?mode=ro&immutable=1'

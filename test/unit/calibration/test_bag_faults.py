@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bags that must not be calibrated on: each is refused with a sentence, none with a traceback."""
 
+import contextlib
 import shutil
+import sqlite3
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +255,22 @@ def overwrite(file, size, value):
     start = len(data) // 2
     data[start : start + size] = bytes([value]) * size
     file.write_bytes(data)
+
+
+def test_database_of_a_killed_recorder_with_its_log_beside_it_is_told(plain, tmp_path):
+    """SQLite's write-ahead log holds the last messages; reading it would write to the bag."""
+    bag, left = record(tmp_path / 'bag', storage=StoragePlugin.SQLITE3), tmp_path / 'left.db3'
+    file = storage_file(bag)
+    with contextlib.closing(sqlite3.connect(file)) as writer:
+        writer.execute('PRAGMA journal_mode=WAL')
+        with writer:
+            writer.execute('DELETE FROM messages WHERE id = 502')
+        shutil.copy(file, left)
+        shutil.copy(f'{file}-wal', f'{left}-wal')
+        before = left.read_bytes()
+    refuses(left, r'write-ahead log of \d+ bytes.*wal_checkpoint.*Before that 502 messages')
+    assert len(list(observations(left, CONTRACT, PARTIAL))) == 100
+    assert left.read_bytes() == before
 
 
 def test_recording_that_goes_on_is_refused(plain, tmp_path, monkeypatch):
