@@ -2,7 +2,11 @@
 """What recorders really leave: splits, files without index, old metadata, namespaces, pieces."""
 
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -283,3 +287,38 @@ def test_a_slow_machine_may_pair_what_is_further_apart(tmp_path):
     assert len(seen(bag)) == 96
     assert len(seen(bag, joints_max_age_s=0.5)) == 100
     assert len(seen(bag, joints_max_age_s=0.03, camera_max_age_s=0.5)) == 95
+
+
+RECORD_UNTIL_KILLED = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from bag_maker import CONTRACT, STORE, Scene, script
+from quantvla_ros.nodes.recording import Limits, Recording, Topic
+topics = {'/' + name: Topic(kind) for name, kind in CONTRACT.topics().items()}
+recording = Recording(Path(sys.argv[1]), topics, Limits(min_free_bytes=0))
+for topic, stamp, message in script(Scene(frames=3000)):
+    data = STORE.serialize_cdr(message, message.__msgtype__)
+    recording.offer('/' + topic, stamp, bytes(data))
+    time.sleep(0.0002)
+time.sleep(600)
+"""
+
+
+def test_recorder_that_is_killed_leaves_what_it_had_flushed(tmp_path):
+    bag = tmp_path / 'bag'
+    made = subprocess.Popen([sys.executable, '-c', RECORD_UNTIL_KILLED, str(bag),
+                             str(Path(__file__).parent)])
+    try:
+        deadline = time.monotonic() + 60
+        while not (bag / 'bag.mcap').exists() or (bag / 'bag.mcap').stat().st_size < 2_200_000:
+            assert time.monotonic() < deadline and made.poll() is None
+            time.sleep(0.02)
+    finally:
+        made.kill()
+        made.wait()
+    with pytest.raises(ValueError, match=r'cut off.*Before that [1-9]\d+ messages'):
+        frames_of(bag, CONTRACT)
+    found = frames_of(bag, CONTRACT, FrameSettings(40, 10, read=ReadOptions(partial=True)))
+    assert found.facts['moments'] > 500
+    assert not found.facts['closed']
