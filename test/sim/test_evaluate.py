@@ -44,10 +44,32 @@ def test_another_setting_never_meets_an_old_outcome():
     key = evaluate.Keys(settings)[episode]
     assert evaluate.Keys(settings)[episode] == key
     for other in (Settings(policy='hold', seed=1), Settings(policy='hold', execute=4),
-                  Settings(policy='hold', noise_rad=0.01), Settings(policy='hold', slip=True)):
+                  Settings(policy='hold', noise_rad=0.01), Settings(policy='hold', slip=True),
+                  Settings(policy='hold', lighting='night')):
         assert evaluate.Keys(other)[episode] != key
     assert evaluate.Keys(settings)[Episode(Variant(steps=2), 'libero_object', 2, 0, 8)] != key
     assert evaluate.Keys(settings)[Episode(Variant(), 'libero_object', 2, 0, 9)] != key
+
+
+def test_the_player_sees_the_light_that_was_asked_for():
+    episode = Episode(Variant(), 'libero_object', 2, 0, 8)
+    means = []
+    for words in ('day', 'night'):
+        world = players.make_task(Settings(policy='hold', lighting=words), episode)
+        means.append(world.render('wrist', 64).mean())
+        world.close()
+    assert means[1] < 0.6 * means[0]
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (['--lighting', 'noon'], 'neither day'),
+    (['--lighting', 'lamp', '--real'], 'leave out --real'),
+])
+def test_light_that_cannot_be_had_is_refused_before_anything_is_played(
+    tmp_path, capsys, words, sentence
+):
+    assert play_all(tmp_path / 'out', *words) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_crashed_episode_is_played_again(tmp_path):
