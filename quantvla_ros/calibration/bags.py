@@ -96,8 +96,8 @@ def moments(
         pairing.await_instruction()
     elif not contract.instruction:
         raise BagError(
-            f'{bag.path} has no topic {contract.instruction_topic!r} and the contract no default '
-            'instruction; record the instruction, or set instruction.default'
+            f'{bag.path} has no messages on {contract.instruction_topic} and the contract no '
+            'default instruction; record the instruction, or set instruction.default'
         )
     reading.rejected = pairing.rejected
     cameras = {camera.topic: camera.name for camera in contract.cameras}
@@ -204,8 +204,8 @@ def topic_names(bag: BagFiles, contract: Contract, options: ReadOptions) -> dict
     missing = [names[topic] for topic in needed if names[topic] not in found]
     if missing:
         raise BagError(
-            f'{bag.path} has no topic {", ".join(missing)}, which the contract needs; it has '
-            f'{", ".join(sorted(found)) or "none that can be read"}. Record it, or mend the '
+            f'{bag.path} has no messages on {", ".join(missing)}, which the contract needs; it '
+            f'has {", ".join(sorted(found)) or "none that can be read"}. Record it, or mend the '
             'topics in the contract'
         )
     names = {topic: name for topic, name in names.items() if name in found}

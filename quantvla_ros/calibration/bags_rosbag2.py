@@ -58,7 +58,9 @@ class Rosbag2:
 
     def topics(self) -> dict[str, str]:
         """Return topic -> type."""
-        return {topic.name: topic.type for topic in self._reader.get_all_topics_and_types()}
+        found = self._reader.get_metadata().topics_with_message_count
+        return {one.topic_metadata.name: one.topic_metadata.type for one in found
+                if one.message_count}
 
     def messages(self, wanted: Collection[str]) -> Iterator[Raw]:
         """Yield the messages of some topics by time of receipt."""

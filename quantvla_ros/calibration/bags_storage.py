@@ -27,7 +27,7 @@ class Source(Protocol):
     """One opened file."""
 
     def topics(self) -> dict[str, str]:
-        """Return topic -> type, of those that were found."""
+        """Return topic -> type, of those that have messages."""
 
     def messages(self, wanted: Collection[str]) -> Iterator[Raw]:
         """Yield the messages of some topics. Raises DamagedError and OSError."""
@@ -109,7 +109,8 @@ class Indexed:
 
     def topics(self) -> dict[str, str]:
         """Return topic -> type."""
-        return {connection.topic: connection.msgtype for connection in self._reader.connections}
+        return {connection.topic: connection.msgtype for connection in self._reader.connections
+                if connection.msgcount}
 
     def messages(self, wanted: Collection[str]) -> Iterator[Raw]:
         """Yield the messages of some topics by time of receipt."""

@@ -58,7 +58,7 @@ def test_path_without_a_bag_is_refused(tmp_path):
 
 def test_missing_topic_is_refused_with_what_the_bag_has(tmp_path):
     bag = record(tmp_path / 'bag', Scene(without=('wrist/image',)))
-    refuses(bag, 'no topic /wrist/image.*it has /front/image')
+    refuses(bag, 'no messages on /wrist/image,.*it has /front/image')
 
 
 def test_topic_that_was_announced_but_never_sent_is_refused(tmp_path):
@@ -66,7 +66,15 @@ def test_topic_that_was_announced_but_never_sent_is_refused(tmp_path):
     messages = [item for item in script() if item[0] != 'wrist/image']
     kind = 'sensor_msgs/msg/Image'
     bag = write(tmp_path / 'bag', messages, announce={'wrist/image': kind})
-    refuses(bag, r"no usable message of camera 'wrist' on 'wrist/image'")
+    refuses(bag, 'no messages on /wrist/image,.*it has /front/image')
+
+
+def test_input_without_one_usable_message_is_refused_with_the_reasons(tmp_path):
+    """Every wrist picture is cut short on the wire."""
+    messages = [(t, s, replace(m, data=m.data[:9]) if t == 'wrist/image' else m)
+                for t, s, m in script()]
+    refuses(write(tmp_path / 'bag', messages),
+            r"no usable message of camera 'wrist' on 'wrist/image' \(not used: 100 camera 'wrist'")
 
 
 def test_wrong_type_is_refused_with_both_types(tmp_path):

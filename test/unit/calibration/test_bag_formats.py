@@ -231,8 +231,15 @@ def test_bag_without_instruction_uses_the_default_of_the_contract(tmp_path):
     bag = record(tmp_path / 'bag', Scene(without=('instruction',)))
     assert {one.instruction for one in seen(bag)} == {'stay'}
     silent = replace(CONTRACT, instruction='')
-    with pytest.raises(ValueError, match="no topic 'instruction' and the contract no default"):
+    with pytest.raises(ValueError, match='no messages on instruction and the contract no default'):
         seen(bag, silent)
+
+
+def test_instruction_that_was_announced_but_never_given_is_the_default(tmp_path):
+    """Our recorder announces every topic of the contract, whether anybody publishes or not."""
+    messages = [item for item in script() if item[0] != 'instruction']
+    bag = write(tmp_path / 'bag', messages, announce={'instruction': 'std_msgs/msg/String'})
+    assert [one.instruction for one in seen(bag)] == ['stay'] * 100
 
 
 def test_pictures_and_joints_are_paired_by_stamp_within_their_age(tmp_path):

@@ -51,8 +51,10 @@ class SequentialReader:
         self._topics = []
         self._count = 0
 
-    def get_all_topics_and_types(self):
-        return [SimpleNamespace(name=c.topic, type=c.msgtype) for c in self._reader.connections]
+    def get_metadata(self):
+        return SimpleNamespace(topics_with_message_count=[
+            SimpleNamespace(topic_metadata=SimpleNamespace(name=c.topic, type=c.msgtype),
+                            message_count=c.msgcount) for c in self._reader.connections])
 
     def set_filter(self, storage_filter):
         self._topics = storage_filter.topics
