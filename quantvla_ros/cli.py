@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'eval': ('quantvla_ros.sim.evaluate', "Success rates on LIBERO's official initial states."),
     'frames': ('quantvla_ros.sim.record_frames', 'Record frames for calibration in simulation.'),
     'quantize': ('quantvla_ros.calibration.quantize', 'Turn linear layers into integer ones.'),
+    'calibrate': ('quantvla_ros.calibration.calibrate', "Fit scales to a robot's own bag."),
     'inspect': ('quantvla_ros.calibration.inspect', 'Show what an artifact costs, by layer.'),
     'stress': ('quantvla_ros.calibration.stress', 'The same function, large outliers inside.'),
     'memory': ('quantvla_ros.memory_command', 'Count what a published model holds, by part.'),
