@@ -136,6 +136,21 @@ class Choice:
     errors_rad: Mapping[str, float]
 
 
+def by_weight(
+    foldable: Foldable, options: Mapping[str, Mapping[str, Mapping[str, Tensor]]], errors: Errors
+) -> list[str]:
+    """Return the kinds, that with the lowest error first; leaves the student without factors."""
+    lowest: dict[str, float] = {}
+    for kind, forms in options.items():
+        lowest[kind] = float('inf')
+        for factors in forms.values():
+            if factors:
+                foldable.set(Factors().put(kind, factors))
+                lowest[kind] = min(lowest[kind], float(errors().mean()))
+    foldable.set(Factors())
+    return sorted(lowest, key=lambda kind: lowest[kind])
+
+
 def choose(
     foldable: Foldable,
     kept: Factors,

@@ -240,14 +240,16 @@ class CalibrationRun:
         goal = play(teacher, encode(teacher, some, self.settings.seed), note)
         searching = encode(student, some, self.settings.seed)
         judging = encode(student, self.frames.held_out, HELD_SEED)
-        for kind in kinds:
-            note = w.stage(f'search {kind}', w.ACTIONS)
-            options = fa.proposals(seen, foldable.sites.attentions, kind,
-                                   self.settings.neutral, self.settings.clip)
+        note = w.stage('search', w.ACTIONS)
+        errors = partial(self._played, student, searching, goal, note)
+        options = {kind: fa.proposals(seen, foldable.sites.attentions, kind,
+                                      self.settings.neutral, self.settings.clip)
+                   for kind in kinds}
+        # what weighs most comes first: beside a large error a small gain cannot be told
+        for kind in fa.by_weight(foldable, options, errors):
             proposed[kind] = {form: {name: _numbers(t) for name, t in found.items()}
-                              for form, found in options.items()}
-            errors = partial(self._played, student, searching, goal, note)
-            choice = fa.choose(foldable, kept, kind, options, errors)
+                              for form, found in options[kind].items()}
+            choice = fa.choose(foldable, kept, kind, options[kind], errors)
             if not choice.factors:
                 self._questions.append(Question(
                     kind, False, 'no form lowers the error of the frames it was fitted on'

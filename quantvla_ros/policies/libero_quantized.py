@@ -100,10 +100,11 @@ def build(opened: Opened, layers: Mapping[str, QuantizedLayer], make: Make) -> L
 
 
 def read_teacher(opened: Opened) -> LiberoVlaNet:
-    """Return the float network with the linears that the artifact quantizes left on the disk."""
+    """Return the float network whose blocks' linears are left on the disk."""
     with torch.device('meta'):
         net = LiberoVlaNet(opened.checkpoint.config)
-    stream_linears(net, opened.artifact.layers, opened.weights)
+    inside = [site.name for block in opened.sites.blocks for site in opened.sites.in_block(block)]
+    stream_linears(net, inside, opened.weights)
     fill(net, opened.weights)
     return net.eval().requires_grad_(False)
 
