@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'bench ros': ('quantvla_ros.bench.ros', 'Measure frames lost, overhead, jitter and growth.'),
     'bench policy': ('quantvla_ros.bench.policy', 'Latency and memory of the shipped policy.'),
     'bench kernels': ('quantvla_ros.bench.kernels', 'Integer kernels against peak and peers.'),
+    'bench bags': ('quantvla_ros.bench.bags', 'Time and memory of reading a bag.'),
     'bench recipes': ('quantvla_ros.bench.recipes', 'Action error and bytes of every recipe.'),
     'bench parity': ('quantvla_ros.bench.parity', 'Compare World with LIBERO, step by step.'),
     'bench model-parity': (

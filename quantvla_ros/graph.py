@@ -161,7 +161,7 @@ def _policy(values: Mapping[str, Value]) -> Process:
 
 
 def _sim(values: Mapping[str, Value]) -> Process:
-    names = ('contract', 'suite', 'task', 'init', 'seed', 'mode')
+    names = ('contract', 'suite', 'task', 'init', 'seed', 'lighting', 'mode')
     parameters = {name: values[name] for name in names}
     parameters['camera.rate_hz'] = values['camera_rate']
     parameters['pace'] = values['pace']
@@ -279,6 +279,7 @@ SIM = (
     Argument('task', 0, 'Number of the task in its suite, 0 to 9.'),
     Argument('init', 0, 'Official initial state, 0 to 49; -1 places the objects at random.'),
     Argument('seed', 0, 'Seed of random placements.'),
+    Argument('lighting', 'day', 'day, overcast, lamp, night, or numbers as sim_node takes them.'),
     Argument('pace', 1.0, 'Simulated seconds per second; below 1 is slow motion on /clock.'),
     Argument('camera_rate', 20.0, 'Most pictures per second and camera.'),
     Argument('mode', 'realtime', 'lockstep waits for a command in each step and drives /clock.',

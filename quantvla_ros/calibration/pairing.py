@@ -56,14 +56,14 @@ class Pairing:
         self._put(f'vector {name!r}',
                   lambda: self.builder.put_vector(name, message, received_ns))
 
-    def take_camera(self, name: str, message: Any) -> bool:
+    def take_camera(self, name: str, message: Any, received_ns: int) -> bool:
         """Take a picture; return whether this is a moment to look. Raises BagError."""
         if self._put(f'camera {name!r}', lambda: self.builder.put_camera(name, message)):
             self._new.add(name)
         if len(self._new) < len(self._contract.cameras):
             return False
         self._new.clear()
-        return self._usable_moment()
+        return self._usable_moment(received_ns)
 
     def look(self) -> Observation | None:
         """Return the observation of this moment, None where a picture cannot be decoded.
@@ -105,8 +105,11 @@ class Pairing:
                            'the driver was set otherwise when it was recorded') from error
         self.rejected[f'{who}: {error.kind}'] += 1
 
-    def _usable_moment(self) -> bool:
-        """Whether every part is there and, by its stamp, fresh beside the newest of them."""
+    def _usable_moment(self, received_ns: int) -> bool:
+        """Whether every part is there and, by its stamp, fresh beside the newest of them.
+
+        A vector has no stamp but that of its receipt, which is compared with that of now.
+        """
         if not self._instructed:
             self.rejected['before the first instruction'] += 1
             return False
@@ -116,8 +119,12 @@ class Pairing:
         bounds = {f'camera {c.name!r}': c.max_age_s for c in self._contract.cameras}
         bounds['joint states'] = self._contract.joints.max_age_s
         newest_ns = max(self._stamps[who] for who in bounds)
-        for who, max_age_s in bounds.items():
-            if newest_ns - self._stamps[who] > max_age_s * NS_PER_S:
-                self.rejected[f'{who}: older than max_age_s beside the others'] += 1
-                return False
-        return True
+        ages = {who: (newest_ns - self._stamps[who], max_age_s)
+                for who, max_age_s in bounds.items()}
+        for vector in self._contract.vectors:
+            who = f'vector {vector.name!r}'
+            ages[who] = (received_ns - self._stamps[who], vector.max_age_s)
+        old = [who for who, (age_ns, most_s) in ages.items() if age_ns > most_s * NS_PER_S]
+        for who in old:
+            self.rejected[f'{who}: older than max_age_s beside the others'] += 1
+        return not old

@@ -19,6 +19,7 @@ from quantvla_ros.contract import Contract, load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
 from quantvla_ros.sim.episodes import CLOSE, OPEN, WORLD_RATE_HZ, observe, seed_of
+from quantvla_ros.sim.lighting import parse_lighting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--policy', default='libero_panda')
     add('--model', default='', help='checkpoint folder; default: the shipped one')
     add('--contract', default='libero_panda')
+    add('--lighting', default='day', metavar='WORDS',
+        help='day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6')
     add('--seed', type=int, default=0, help='of starts and noise')
     add('--threads', type=int, default=0)
 
@@ -64,13 +67,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.episodes < 1 or args.chunks < 1:
         raise ValueError('--episodes and --chunks must be at least 1')
+    lighting = parse_lighting(args.lighting)
     contract = load_contract(args.contract)
     settings = PolicySettings(model=args.model, threads=args.threads)
     policy = make_policy(args.policy, contract, settings)
     frames: list[Observation] = []
     for suite in args.suite.split(','):
         for task in parse_numbers(args.tasks):
-            world = make_world(suite.strip(), task)
+            world = make_world(suite.strip(), task, lighting=lighting)
             sampler = StartSampler(world)
             for episode in range(args.episodes):
                 key = seed_of('start', args.seed, suite, task, episode)
