@@ -31,6 +31,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
     'bench ros': ('quantvla_ros.bench.ros', 'Measure frames lost, overhead, jitter and growth.'),
     'bench policy': ('quantvla_ros.bench.policy', 'Latency and memory of the shipped policy.'),
+    'bench calibration': (
+        'quantvla_ros.bench.calibration', 'Time a calibration, and a policy node beside one.',
+    ),
     'bench kernels': ('quantvla_ros.bench.kernels', 'Integer kernels against peak and peers.'),
     'bench bags': ('quantvla_ros.bench.bags', 'Time and memory of reading a bag.'),
     'bench recipes': ('quantvla_ros.bench.recipes', 'Action error and bytes of every recipe.'),

@@ -338,7 +338,9 @@ def arguments_markdown(names: Sequence[str] = tuple(GRAPHS)) -> str:
     seen: dict[str, tuple[Argument, list[str], list[str]]] = {}
     for name in names:
         for argument in GRAPHS[name].arguments:
-            entry = seen.setdefault(argument.name, (argument, [], []))
+            # two graphs may mean different things by one word, such as the bag
+            key = f'{argument.name}: {argument.description}'
+            entry = seen.setdefault(key, (argument, [], []))
             entry[1].append(name)
             entry[2].append(argument.text)
     for argument, graphs, defaults in seen.values():

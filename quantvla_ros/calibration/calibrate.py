@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from quantvla_ros.calibration.bags import ReadOptions
 from quantvla_ros.calibration.frames import FrameSet, FrameSettings, frames_of
 from quantvla_ros.calibration.pipeline import nearest_artifact
+from quantvla_ros.calibration.precisions import judge_others
 from quantvla_ros.calibration.quantize import layer_maker, peak_mb, version
 from quantvla_ros.calibration.report import Report, make_report
 from quantvla_ros.calibration.run import CalibrationRun, Outcome, Progress, with_provenance
@@ -149,13 +150,15 @@ def _work(args: argparse.Namespace) -> None:
     before_mb, read_s = peak_mb(), time.monotonic() - began
     outcome = CalibrationRun(frames, contract, settings, layer_maker(), tell).run()
     outcome = with_provenance(outcome, provenance(frames, settings))
-    tell(Progress('writing', 1.0, 0.0))
     measured = {
         'seconds': round(time.monotonic() - began, 1), 'reading_s': round(read_s, 1),
         'peak_mb': round(peak_mb()), 'before_models_mb': round(before_mb),
         'threads': torch.get_num_threads(), 'kernel': kernel_name(),
     }
-    write(folder, outcome, frames, measured)
+    tell(Progress('other precisions', 1.0, 0.0))
+    others = judge_others(model, precision, contract, frames, outcome, args.threads)
+    tell(Progress('writing', 1.0, 0.0))
+    write(folder, Report(folder.name, outcome, frames, measured, GateLimits(), others))
     tell_result(folder, outcome, measured, as_json=args.json)
 
 
@@ -199,14 +202,12 @@ def kernel_name() -> str:
     return 'simulated in float' if library is None else 'integer kernels'
 
 
-def write(
-    folder: Path, outcome: Outcome, frames: FrameSet, measured: dict[str, Any]
-) -> None:
+def write(folder: Path, report: Report) -> None:
     """Write calibration and report, all or nothing. Raises ValueError where the disk refuses."""
-    page, document = make_report(Report(folder.name, outcome, frames, measured, GateLimits()))
+    page, document = make_report(report)
     beside = {REPORT_HTML: page, REPORT_JSON: json.dumps(document, indent=1, sort_keys=True)}
     try:
-        write_calibration(folder, outcome.calibration, beside)
+        write_calibration(folder, report.outcome.calibration, beside)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f'{folder} could not be written: {error}. What was there before is as it was; make '

@@ -272,7 +272,7 @@ class CalibrationRun:
         before: Played, after: Played,
     ) -> Outcome:
         execute = self.contract.action.execute
-        stood = _standing(self.frames.held_out, self.contract)
+        stood = standing(self.frames.held_out, self.contract)
         judged = {'floor': floor, 'before': before, 'after': after}
         evidence = Evidence(len(self.frames.held_out), **{
             name: ev.figures(found, reference, stood, execute) for name, found in judged.items()})
@@ -308,7 +308,7 @@ def _numbers(values: torch.Tensor) -> list[float]:
     return [round(float(value), 6) for value in values]
 
 
-def _standing(observations: Sequence[Observation], contract: Contract) -> np.ndarray:
+def standing(observations: Sequence[Observation], contract: Contract) -> np.ndarray:
     """Where the arm's commanded joints, but the gripper, stood in each frame."""
     joints = contract.action.joints[:-1]
     return np.stack([

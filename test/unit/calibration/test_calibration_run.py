@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A calibration finds what is wrong with an artifact, keeps what helps, and comes off again."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_vla import observe
+from tiny_vla import observe, random_net, tiny_checkpoint
 
 from quantvla_ros.calibration.calibrate import provenance
 from quantvla_ros.calibration.evidence import judge
@@ -18,7 +20,7 @@ from quantvla_ros.calibration.policy_runs import chunks
 from quantvla_ros.calibration.run import CalibrationRun, with_provenance
 from quantvla_ros.calibration.settings import CalibrationSettings
 from quantvla_ros.policies.base import PolicySettings, make_policy
-from quantvla_ros.policies.libero_checkpoint import read_checkpoint
+from quantvla_ros.policies.libero_checkpoint import read_checkpoint, write_checkpoint
 from quantvla_ros.policies.libero_panda import LiberoVla
 from quantvla_ros.policies.libero_quantized import build, open_artifact, read_teacher
 from quantvla_ros.quant.artifact import Provenance, write_artifact
@@ -64,9 +66,24 @@ def calibrate(model, contract, frames, tell=lambda _: None, **settings):
     return with_provenance(outcome, provenance(frames, settings))
 
 
+@pytest.fixture(scope='module')
+def weak(tmp_path_factory):
+    """A model beside which lies an artifact with two things wrong in it; not to be changed."""
+    folder = tmp_path_factory.mktemp('weak')
+    write_checkpoint(folder, random_net(), tiny_checkpoint())
+    write(folder, weakened)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def mended(weak, contract, frames):
+    return calibrate(weak, contract, frames)
+
+
 @pytest.fixture
-def mended(model, contract, frames):
-    return calibrate(model, contract, frames) if write(model, weakened) else None
+def copied(weak, tmp_path):
+    """A copy of the weak model that may be changed."""
+    return Path(shutil.copytree(weak, tmp_path / 'copied'))
 
 
 def test_the_teacher_on_the_disk_is_the_float_policy(model, contract, frames, make_policy):
@@ -87,13 +104,10 @@ def test_what_was_weakened_is_found_and_kept(mended):
     assert calibration.evidence.after.cosine > calibration.evidence.before.cosine
 
 
-def test_the_served_policy_moves_as_the_evidence_says(
-    model, contract, frames, mended, make_policy
-):
-    folder = model / 'w8a8' / FOLDER / 'robot'
-    write_calibration(folder, mended.calibration)
-    plain, float_ = make_policy(precision='w8a8'), make_policy()
-    served = make_policy(precision='w8a8', calibration='newest')
+def test_the_served_policy_moves_as_the_evidence_says(copied, frames, mended, make_policy):
+    write_calibration(copied / 'w8a8' / FOLDER / 'robot', mended.calibration)
+    plain, float_ = make_policy(model=str(copied), precision='w8a8'), make_policy()
+    served = make_policy(model=str(copied), precision='w8a8', calibration='newest')
     assert (served.calibrated, plain.calibrated) == ('robot', '')
     truth = chunks(float_, frames.held_out)
     errors = [np.abs(chunks(policy, frames.held_out) - truth)[:, :8, :-1].mean()
@@ -102,15 +116,16 @@ def test_the_served_policy_moves_as_the_evidence_says(
 
 
 def test_leaving_a_calibration_out_gives_the_artifact_back_to_the_bit(
-    model, frames, mended, make_policy
+    copied, frames, mended, make_policy
 ):
-    before = chunks(make_policy(precision='w8a8'), frames.held_out[:3])
-    write_calibration(model / 'w8a8' / FOLDER / 'robot', mended.calibration)
-    assert np.array_equal(chunks(make_policy(precision='w8a8'), frames.held_out[:3]), before)
+    settings = {'model': str(copied), 'precision': 'w8a8'}
+    before = chunks(make_policy(**settings), frames.held_out[:3])
+    write_calibration(copied / 'w8a8' / FOLDER / 'robot', mended.calibration)
+    assert np.array_equal(chunks(make_policy(**settings), frames.held_out[:3]), before)
 
 
-def test_the_same_frames_twice_give_the_same_bytes(model, contract, frames, mended, tmp_path):
-    again = calibrate(model, contract, frames)
+def test_the_same_frames_twice_give_the_same_bytes(weak, contract, frames, mended, tmp_path):
+    again = calibrate(weak, contract, frames)
     for name, outcome in (('one', mended), ('two', again)):
         write_calibration(tmp_path / name, outcome.calibration)
     files = sorted(path.name for path in (tmp_path / 'one').iterdir())
@@ -119,7 +134,7 @@ def test_the_same_frames_twice_give_the_same_bytes(model, contract, frames, mend
                for f in files)
 
 
-def test_it_says_which_frames_it_saw(model, mended, frames, tmp_path):
+def test_it_says_which_frames_it_saw(mended, frames, tmp_path):
     write_calibration(tmp_path / 'one', mended.calibration)
     said = read_document(tmp_path / 'one')['provenance']
     assert said['frames'] == frames.digest and said['bag'] == 'made up'
