@@ -20,7 +20,7 @@ from quantvla_ros.calibration.bags_mcap import DamagedError, Raw
 from quantvla_ros.calibration.bags_rosbag2 import needs_rosbag2, open_rosbag2
 from quantvla_ros.calibration.bags_storage import Source, open_source
 from quantvla_ros.calibration.bags_types import reader_of
-from quantvla_ros.calibration.pairing import Pairing
+from quantvla_ros.calibration.pairing import JOINTS, Pairing, camera_key
 from quantvla_ros.contract import Contract
 from quantvla_ros.observation import Observation
 
@@ -34,11 +34,15 @@ class ReadOptions:
     namespace: of the robot in the bag; None finds it, where only one robot was recorded.
     partial: use what can be read of a damaged bag instead of refusing it.
     max_back_s: stamps of one input that go back by more refuse the bag; by less, that message.
+    camera_max_age_s, joints_max_age_s: how far a part may be behind the newest part of its moment,
+    as the node's freshness parameters of these names; 0 takes the contract's.
     """
 
     namespace: str | None = None
     partial: bool = False
     max_back_s: float = 0.5
+    camera_max_age_s: float = 0.0
+    joints_max_age_s: float = 0.0
 
 
 @dataclass
@@ -87,7 +91,7 @@ def moments(
 ) -> Iterator[Moment]:
     """Yield the usable moments of a bag and keep the account in reading. Raises BagError."""
     names = topic_names(bag, contract, options)
-    pairing = Pairing(contract, options.max_back_s)
+    pairing = Pairing(contract, options.max_back_s, ages_of(contract, options))
     if contract.instruction_topic in names:
         pairing.await_instruction()
     elif not contract.instruction:
@@ -118,6 +122,14 @@ def moments(
         else:
             pairing.take_vector(vectors[name], message, raw.received_ns)
     _check_all_came(bag, contract, pairing)
+
+
+def ages_of(contract: Contract, options: ReadOptions) -> dict[str, float]:
+    """Return input -> how many seconds it may be behind the newest one."""
+    ages = {camera_key(camera.name): options.camera_max_age_s or camera.max_age_s
+            for camera in contract.cameras}
+    ages[JOINTS] = options.joints_max_age_s or contract.joints.max_age_s
+    return ages
 
 
 def _check_all_came(bag: BagFiles, contract: Contract, pairing: Pairing) -> None:

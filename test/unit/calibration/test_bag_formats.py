@@ -272,3 +272,13 @@ def test_vector_that_falls_silent_is_not_paired_with_later_pictures(tmp_path):
     found = frames_of(bag, contract, FrameSettings(20, 5))
     assert found.rejected == {"vector 'force': older than max_age_s beside the others": 48}
     assert found.fit[0].vectors['force'].tolist() == [1.5]
+
+
+def test_a_slow_machine_may_pair_what_is_further_apart(tmp_path):
+    """As the node's parameters freshness.joints_max_age_s and camera_max_age_s allow it live."""
+    messages = [item for item in script()
+                if item[0] != 'joint_states' or not 3.0 <= (item[1] - 17 * 10**17) / 1e9 < 3.5]
+    bag = write(tmp_path / 'bag', messages)
+    assert len(seen(bag)) == 96
+    assert len(seen(bag, joints_max_age_s=0.5)) == 100
+    assert len(seen(bag, joints_max_age_s=0.03, camera_max_age_s=0.5)) == 95
