@@ -65,6 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f'folder of the calibration; default: ARTIFACT/{FOLDER}/NAME')
     add('--partial', action='store_true', help='use what can be read of a damaged bag')
     add('--namespace', default=None, help='of the recorded topics, where a bag has several')
+    add('--camera-max-age-s', type=float, default=0.0,
+        help="oldest picture of a moment; default: the contract's")
+    add('--joints-max-age-s', type=float, default=0.0,
+        help="oldest joint states of a moment; default: the contract's")
     add('--threads', type=int, default=0, help='torch threads; default: its own choice')
     add('--nice', type=int, default=10, help='priority, 0 normal to 19 only what is left over')
     add('--json', action='store_true', help='progress and result as lines of JSON')
@@ -146,7 +150,9 @@ def _work(args: argparse.Namespace) -> None:
     tell(Progress('reading the bag', 0.0, 0.0))
     frames = frames_of(args.bag, contract, FrameSettings(
         args.frames, args.held_out, args.seed,
-        read=ReadOptions(partial=args.partial, namespace=args.namespace)))
+        read=ReadOptions(
+            partial=args.partial, namespace=args.namespace,
+            camera_max_age_s=args.camera_max_age_s, joints_max_age_s=args.joints_max_age_s)))
     before_mb, read_s = peak_mb(), time.monotonic() - began
     outcome = CalibrationRun(frames, contract, settings, layer_maker(), tell).run()
     outcome = with_provenance(outcome, provenance(frames, settings))

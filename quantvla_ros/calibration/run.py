@@ -125,7 +125,8 @@ class CalibrationRun:
         trials = sum(16 * w.ACTIONS * search + 2 * w.ACTIONS * held
                      for kind in KINDS if kind in self.settings.learn)
         return (2 * held * w.TEACHER + fit * (w.TEACHER + w.STUDENT) + 2 * held * w.STUDENT
-                + search * (w.TEACHER + w.STUDENT) + refits * fit * w.REFIT + trials)
+                + search * (w.TEACHER + w.STUDENT) + trials
+                + refits * min(self.settings.refit_frames, fit) * w.REFIT)
 
     def run(self) -> Outcome:
         """Do it all. Raises ValueError, with a sentence, for what the user can mend."""
@@ -210,8 +211,9 @@ class CalibrationRun:
         errors = self._errors(before, reference)
         for what in (name for name in REFITS if name in self.settings.learn):
             note = self._work.stage(f'refit: {what}', self._work.REFIT)
-            found = refit(what, opened, self.contract, layers, self.frames.fit, self.settings,
-                          self._make, note)
+            some = _spread(self.frames.fit, self.settings.refit_frames)
+            found = refit(what, opened, self.contract, layers, some, self.settings, self._make,
+                          note)
             if not found:
                 self._questions.append(Question(
                     what, False, 'this artifact has no layer of that kind',

@@ -18,7 +18,8 @@ class CalibrationSettings:
     learn: what is tried, of LEARNED. recipe: for refits; '' takes the artifact's own. seed: of
     the noise. neutral, clip: band of alpha and beta in the log domain. confidence: of one run as
     a whole; its held-out questions share what is left. search_frames: fitted frames that choose
-    among factors. threads: 0 for torch's own choice.
+    among factors; refit_frames: those that refits look at, once for each block. threads: 0 for
+    torch's own choice.
     """
 
     model: Path
@@ -30,6 +31,7 @@ class CalibrationSettings:
     clip: float = 0.4
     confidence: float = 0.95
     search_frames: int = 32
+    refit_frames: int = 32
     threads: int = 0
 
     def __post_init__(self) -> None:

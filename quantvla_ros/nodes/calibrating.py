@@ -54,13 +54,17 @@ CALIBRATION_NODE: tuple[Parameter, ...] = (
     Parameter('clip', 0.4, '', LIVE, 'Largest factor (log domain).', 0.01, 1.9),
     Parameter('confidence', 0.95, '', LIVE,
               'Confidence that what is kept lowers the action error.', 0.5, 0.9999),
+    Parameter('camera_max_age_s', 0.0, 's', LIVE,
+              "Oldest picture of a recorded moment; 0 takes the contract's.", 0.0, 10.0),
+    Parameter('joints_max_age_s', 0.0, 's', LIVE,
+              "Oldest joint states of a recorded moment; 0 takes the contract's.", 0.0, 10.0),
     Parameter('partial', False, '', LIVE, 'Use what can be read of a damaged bag.'),
     Parameter('threads', 0, '', LIVE, 'Threads of torch; 0 lets it choose.', 0, 256),
     Parameter('nice', 19, '', LIVE,
               'Priority of the process: 0 normal, 19 only what others leave.', 0, 19),
 )
 SAME = ('contract', 'model', 'precision', 'frames', 'held_out', 'learn', 'recipe', 'seed',
-        'neutral', 'clip', 'confidence', 'threads', 'nice')
+        'neutral', 'clip', 'confidence', 'camera_max_age_s', 'joints_max_age_s', 'threads', 'nice')
 
 
 class CalibratingError(ValueError):
