@@ -152,8 +152,8 @@ def _common(values: Mapping[str, Value], defaults: str) -> dict:
 
 
 def _policy(values: Mapping[str, Value]) -> Process:
-    names = ('contract', 'policy', 'model', 'precision', 'device', 'autostart', 'use_sim_time',
-             'dry_run', 'enable_on_activate')
+    names = ('contract', 'policy', 'model', 'precision', 'calibration', 'device', 'autostart',
+             'use_sim_time', 'dry_run', 'enable_on_activate')
     parameters: dict[str, Value] = {name: values[name] for name in names}
     parameters['limits.speed_scale'] = values['speed_scale']
     common = _common(values, 'config/policy_node.yaml')
@@ -230,6 +230,19 @@ def record_graph(values: Mapping[str, Value]) -> list[Process]:
     return [_recorder(values)]
 
 
+CALIBRATED = ('bag', 'model', 'precision', 'output', 'frames', 'held_out', 'learn', 'recipe',
+              'seed', 'beside_active', 'nice', 'autostart', 'use_sim_time')
+
+
+def calibrate_graph(values: Mapping[str, Value]) -> list[Process]:
+    """The calibration node alone, beside whatever else runs."""
+    common = _common(values, 'config/calibration_node.yaml')
+    parameters = {name: values[name] for name in CALIBRATED}
+    parameters['contract'] = values['contract']
+    return [Process('calibrate', 'calibration_node', 'calibration_node', parameters=parameters,
+                    **common)]
+
+
 COMMON = (
     Argument('contract', 'libero_panda',
              'Contract of robot and policy: a shipped name or a path to a YAML file.'),
@@ -243,6 +256,7 @@ POLICY = (
     Argument('policy', '', "Policy; empty takes the contract's."),
     Argument('model', '', "Folder of the checkpoint; empty takes the policy's own."),
     Argument('precision', 'float', 'float, or the name of an artifact beside the checkpoint.'),
+    Argument('calibration', '', 'Calibration of the artifact: name, path, newest, or empty.'),
     Argument('device', 'cpu', 'Where the policy runs.', ('cpu', 'cuda')),
     Argument('speed_scale', 1.0, 'Scale 0..1 on every velocity limit.'),
     Argument('autostart', True, 'Configure and activate the policy node without a manager.',
@@ -272,6 +286,22 @@ SIM = (
              ('realtime', 'lockstep')),
 )
 
+CALIBRATE = (
+    Argument('bag', '', 'Bag to calibrate from; may be set later, as a parameter.'),
+    Argument('model', '', "Folder of the checkpoint; empty takes the policy's own."),
+    Argument('precision', 'w4a8', 'Artifact to calibrate.'),
+    Argument('output', '', "Name of the calibration, or a path; empty takes the bag's name."),
+    Argument('frames', 128, 'Frames to fit on.'),
+    Argument('held_out', 32, 'Frames to judge by.'),
+    Argument('learn', 'activations,alpha,beta',
+             'What is tried: any of rounding, smoothing, activations, alpha, beta.'),
+    Argument('recipe', '', "Recipe of rounding and smoothing; empty takes the artifact's own."),
+    Argument('seed', 0, 'Seed of frames and noise.'),
+    Argument('beside_active', False, 'Calibrate although the arm moves.', ('true', 'false')),
+    Argument('nice', 19, 'Priority: 0 normal, 19 only what others leave.'),
+    Argument('autostart', True, 'Configure and activate without a manager.', ('true', 'false')),
+)
+
 
 def _dds(default: str) -> Argument:
     return Argument(
@@ -289,6 +319,8 @@ GRAPHS: dict[str, Graph] = {
               (*COMMON, _dds('local'), *SIM, *POLICY, *WITH_RECORD), sim_graph),
         Graph('record', 'The recorder alone (launch/record.launch.py).',
               (*COMMON, SIM_TIME, _dds('network'), *RECORD), record_graph),
+        Graph('calibrate', 'The calibration node alone (launch/calibrate.launch.py).',
+              (*COMMON, SIM_TIME, _dds('network'), *CALIBRATE), calibrate_graph),
     )
 }
 
@@ -306,7 +338,9 @@ def arguments_markdown(names: Sequence[str] = tuple(GRAPHS)) -> str:
     seen: dict[str, tuple[Argument, list[str], list[str]]] = {}
     for name in names:
         for argument in GRAPHS[name].arguments:
-            entry = seen.setdefault(argument.name, (argument, [], []))
+            # two graphs may mean different things by one word, such as the bag
+            key = f'{argument.name}: {argument.description}'
+            entry = seen.setdefault(key, (argument, [], []))
             entry[1].append(name)
             entry[2].append(argument.text)
     for argument, graphs, defaults in seen.values():
