@@ -152,8 +152,8 @@ def _common(values: Mapping[str, Value], defaults: str) -> dict:
 
 
 def _policy(values: Mapping[str, Value]) -> Process:
-    names = ('contract', 'policy', 'model', 'precision', 'device', 'autostart', 'use_sim_time',
-             'dry_run', 'enable_on_activate')
+    names = ('contract', 'policy', 'model', 'precision', 'calibration', 'device', 'autostart',
+             'use_sim_time', 'dry_run', 'enable_on_activate')
     parameters: dict[str, Value] = {name: values[name] for name in names}
     parameters['limits.speed_scale'] = values['speed_scale']
     common = _common(values, 'config/policy_node.yaml')
@@ -243,6 +243,7 @@ POLICY = (
     Argument('policy', '', "Policy; empty takes the contract's."),
     Argument('model', '', "Folder of the checkpoint; empty takes the policy's own."),
     Argument('precision', 'float', 'float, or the name of an artifact beside the checkpoint.'),
+    Argument('calibration', '', 'Calibration of the artifact: name, path, newest, or empty.'),
     Argument('device', 'cpu', 'Where the policy runs.', ('cpu', 'cuda')),
     Argument('speed_scale', 1.0, 'Scale 0..1 on every velocity limit.'),
     Argument('autostart', True, 'Configure and activate the policy node without a manager.',

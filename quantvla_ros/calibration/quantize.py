@@ -138,7 +138,12 @@ def _work(
         settings={**asdict(recipe), 'blockwise': not args.one_pass, 'frames': len(fitted)},
         measured={
             'action_error_mrad': round(error.mean_mrad, 6),
+            'action_error_p95_mrad': round(error.p95_mrad, 6),
+            'action_error_worst_mrad': round(float(error.frames.max()), 6),
             'other_seed_mrad': round(other.mean_mrad, 6),
+            'other_seed_p95_mrad': round(other.p95_mrad, 6),
+            'other_seed_worst_mrad': round(float(other.frames.max()), 6),
+            'judged_frames': len(held),
         },
     )
     sha256 = write_artifact(folder, result.layers, provenance)

@@ -68,6 +68,9 @@ POLICY_NODE: tuple[Parameter, ...] = (
               "Folder of the checkpoint; empty takes the policy's own."),
     Parameter('precision', 'float', '', CONFIGURE,
               'Precision: float, or the name of an artifact beside the checkpoint.'),
+    Parameter('calibration', '', '', CONFIGURE,
+              "Calibration of the artifact: its name or path, newest for the artifact's newest "
+              'one, or empty for none.'),
     Parameter('device', 'cpu', '', CONFIGURE,
               'Where the policy runs.', allowed=('cpu', 'cuda')),
     Parameter('steps', 0, '', CONFIGURE,

@@ -23,6 +23,7 @@ class PolicySettings:
     """What a policy is made with; a policy ignores what does not concern it.
 
     model: folder of the checkpoint. precision: name of the artifact beside it, or 'float'.
+    calibration: one beside the artifact by name or path, 'newest', or '' for none.
     steps: denoising steps, 0 for the policy's own. threads: of the kernels, 0 for its own choice.
     """
 
@@ -31,6 +32,7 @@ class PolicySettings:
     device: str = 'cpu'
     steps: int = 0
     threads: int = 0
+    calibration: str = ''
 
 
 class Policy(Protocol):
@@ -96,9 +98,17 @@ POLICIES: dict[str, str] = {
 }
 
 
+CALIBRATED = ('libero_panda',)  # policies that take PolicySettings.calibration
+
+
 def make_policy(name: str, contract: Contract, settings: PolicySettings) -> Policy:
     """Make a policy by name. Raises ValueError that lists the known names."""
     if name not in POLICIES:
         raise ValueError(f'policy {name!r} is unknown; known are {", ".join(sorted(POLICIES))}')
+    if settings.calibration and name not in CALIBRATED:
+        raise ValueError(
+            f'policy {name!r} takes no calibration, and calibration is {settings.calibration!r}; '
+            'set it to empty'
+        )
     module, _, maker = POLICIES[name].partition(':')
     return getattr(importlib.import_module(module), maker)(contract, settings)

@@ -26,6 +26,7 @@ from quantvla_ros.policies.libero_checkpoint import Checkpoint, read_checkpoint
 from quantvla_ros.policies.libero_program import ChunkProgram, RecordedContext
 from quantvla_ros.policies.libero_quantized import read_quantized
 from quantvla_ros.policies.libero_vla import Context, LiberoVlaNet
+from quantvla_ros.quant.calibrated import Calibration
 from quantvla_ros.quant.linear import denoising_step
 from quantvla_ros.resources import share_path
 
@@ -135,16 +136,29 @@ class Prepared:
 
 
 class LiberoVla:
-    """The shipped policy. Deterministic: a chunk depends on observation, seed and prefix alone."""
+    """The shipped policy. Deterministic: a chunk depends on observation, seed and prefix alone.
+
+    calibrated: name of the calibration in it, '' for none; calibration: what that says.
+    """
+
+    calibration: Calibration | None = None
+    calibrated: str = ''
 
     def __init__(self, contract: Contract, settings: PolicySettings) -> None:
         folder = Path(settings.model) if settings.model else share_path('models/libero_panda')
-        record = False
         if settings.precision in DTYPES:
-            checkpoint, net = read_checkpoint(folder)
-        else:
-            checkpoint, net, record = read_quantized(folder, settings.precision, settings.device)
-        self._start(contract, settings, checkpoint, net, record=record)
+            if settings.calibration:
+                raise ValueError(
+                    f'precision {settings.precision!r} has nothing to calibrate, and calibration '
+                    f'is {settings.calibration!r}; set it to empty'
+                )
+            self._start(contract, settings, *read_checkpoint(folder))
+            return
+        found = read_quantized(
+            folder, settings.precision, settings.device, settings.calibration
+        )
+        self._start(contract, settings, found.checkpoint, found.net, record=found.record)
+        self.calibration, self.calibrated = found.calibration, found.calibrated
 
     @classmethod
     def around(

@@ -2,12 +2,14 @@
 """The shipped network with an artifact's integer layers in the place of its linears.
 
 Reads from the checkpoint only the weights that stay in float: no float copy of a quantized layer
-is ever held. Refuses an artifact of another checkpoint and whatever read_artifact refuses.
+is ever held. Refuses an artifact of another checkpoint and whatever read_artifact and
+read_calibration refuse.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +28,7 @@ from quantvla_ros.policies.libero_program import Stored, recordable
 from quantvla_ros.policies.libero_vla import Attention, LiberoVlaNet, rotary_table
 from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.artifact import JSON_NAME, ArtifactError, read_artifact
+from quantvla_ros.quant.calibrated import Calibration, load_calibration
 from quantvla_ros.quant.linear import Make, QuantLinear, replace_linears
 from quantvla_ros.quant.simulate import simulate
 
@@ -46,11 +49,25 @@ def find_artifact(model: Path, precision: str) -> Path:
     )
 
 
-def read_quantized(
-    model: Path, precision: str, device: str = 'cpu'
-) -> tuple[Checkpoint, LiberoVlaNet, bool]:
-    """Return the settings, the network with integer layers, and whether it must be recorded.
+class Quantized(NamedTuple):
+    """What was read. record: whether the network must be recorded before it runs.
 
+    calibrated: name of the calibration in it, '' for none; calibration: what that says.
+    """
+
+    checkpoint: Checkpoint
+    net: LiberoVlaNet
+    record: bool
+    calibrated: str
+    calibration: Calibration | None
+
+
+def read_quantized(
+    model: Path, precision: str, device: str = 'cpu', calibration: str = ''
+) -> Quantized:
+    """Return the network with integer layers, and a calibration folded into their scales.
+
+    calibration: '' for none, 'newest', the name of one beside the artifact, or its path.
     Where programs can serve all layers, the network holds them as Stored, for a ChunkProgram; it
     does not run by itself. Else each linear is a QuantLinear. On a device other than the CPU the
     layers are simulated: the same codes and scales, float sums (quant/simulate.py).
@@ -71,14 +88,18 @@ def read_quantized(
         net = LiberoVlaNet(checkpoint.config)
     sites = libero_vla_sites(net)
     artifact = read_artifact(folder, checkpoint.sha256, sites)
-    record = device == 'cpu' and recordable(artifact.layers)
+    name, found = load_calibration(folder, calibration, artifact)
+    layers = artifact.layers if found is None else found.applied(artifact.layers, sites)
+    record = device == 'cpu' and recordable(layers)
     make: Make = simulate if device != 'cpu' else Stored if record else QuantLinear
     try:
-        replace_linears(net, artifact.layers, make)
+        replace_linears(net, layers, make)
     except (ValueError, AttributeError) as error:
         raise ArtifactError(f'{folder}: {error}') from error
     _fill(net, path)
-    return checkpoint, net.eval().requires_grad_(False), record
+    if found is not None:
+        found.scale_float(net, layers, sites)
+    return Quantized(checkpoint, net.eval().requires_grad_(False), record, name, found)
 
 
 def _fill(net: LiberoVlaNet, path: Path) -> None:

@@ -11,11 +11,13 @@ made for another checkpoint. Holds no float weight of a layer that it quantizes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,10 +135,7 @@ def write_artifact(
     for name in sorted(layers):
         parts, about[name] = _describe(layers[name])
         tensors.update({f'{name}/{part}': t.contiguous() for part, t in parts.items()})
-    scratch = folder.with_name(f'.{folder.name}.{os.getpid()}')
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as scratch:
         save_file(tensors, scratch / TENSOR_NAME)
         sha256 = sha256_of(scratch / TENSOR_NAME)
         document = {
@@ -148,10 +147,40 @@ def write_artifact(
         }
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
         (scratch / JSON_NAME).write_text(text + '\n')
+    return sha256
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a scratch folder that takes the place of `folder` at the end of the block, or never.
+
+    What a killed process left behind is cleared away first, and put back where it was the only
+    copy; an exception leaves `folder` alone.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
+    scratch = folder.with_name(f'.{folder.name}.{os.getpid()}')
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
         _swap(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return sha256
+
+
+def _clear(folder: Path) -> None:
+    """Remove scratch folders of processes that are gone; one killed inside _swap is undone."""
+    for kind in ('.old', ''):
+        prefix = f'.{folder.name}{kind}.'
+        for path in folder.parent.glob(glob.escape(prefix) + '*'):
+            pid = path.name.removeprefix(prefix)
+            if not pid.isdigit() or Path(f'/proc/{pid}').exists():
+                continue
+            if kind and not folder.exists():
+                path.rename(folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _swap(scratch: Path, folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_simulated_policy_agrees_with_the_integer_one(
 
     command(model, frames_path, '--precision', 'w4a8')
     exact = LiberoVla(contract, PolicySettings(model=str(model), precision='w4a8'))
-    checkpoint, net, _ = read_quantized(model, 'w4a8', device='cuda')  # layers only; stays here
+    checkpoint, net, *_ = read_quantized(model, 'w4a8', device='cuda')  # layers only; stays here
     assert isinstance(net.backbone.blocks[0].attn.q_proj, SimulatedLinear)
     near = LiberoVla.around(contract, PolicySettings(), checkpoint, net)
     off = action_error(chunks(near, observations), chunks(exact, observations), 8)
