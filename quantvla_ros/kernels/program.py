@@ -90,7 +90,11 @@ class Program:
         if x.shape[0] != y.shape[0] or (residual is not None and len(residual) != len(y)):
             raise ValueError(f'x has {len(x)} rows and y {len(y)}; expected the same number')
         self._kept += [layer, x, y, norm, gate, residual]
-        self._steps.append(lambda: self._reference(layer, x, y, norm, gate, residual, act_scale))
+        # No reference to self: a program that is dropped must be freed at once, not by a
+        # collection of cycles, which would hold up every thread of the interpreter.
+        reference_step = Program._reference
+        self._steps.append(
+            lambda: reference_step(layer, x, y, norm, gate, residual, act_scale))
         if isinstance(layer, NativeLayer):
             self._calls.append(native.Call(
                 kind=0, dtype=0, layer=layer.handle, rows=len(x), x=x.data_ptr(),
@@ -98,8 +102,9 @@ class Program:
                 gate=_at(gate), norm_multiply=_at(norm_is.multiply), norm_add=_at(norm_is.add),
                 norm_eps=norm_is.eps, act_scale=act_scale or 0.0))
 
+    @staticmethod
     def _reference(
-        self, layer: Layer, x: Tensor, y: Tensor, norm: Norm | None, gate: Tensor | None,
+        layer: Layer, x: Tensor, y: Tensor, norm: Norm | None, gate: Tensor | None,
         residual: Tensor | None, act_scale: float | None,
     ) -> None:
         if norm is not None:

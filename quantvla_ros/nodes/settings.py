@@ -39,6 +39,13 @@ def policy_settings(values: Values) -> PolicySettings:
     return PolicySettings(**_group(PolicySettings, '', values))
 
 
+def gate_limits(values: Values) -> Any:
+    """Return gate.* as the quant.gate.GateLimits they are; imports torch, so only when asked."""
+    from quantvla_ros.quant.gate import GateLimits
+
+    return GateLimits(**_group(GateLimits, 'gate.', values))
+
+
 def inference_settings(values: Values, contract: Contract) -> InferenceSettings:
     """Return inference.* together with what the contract says of chunks."""
     return InferenceSettings(

@@ -61,6 +61,7 @@ class Report:
     event: str
     kind: str = ''
     sentence: str = ''
+    wish: Wish | None = None  # what serves in truth, where a wish leaves that open
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,11 @@ class Swap:
         self._held = self._cancelled = False
         self._reports: deque[Report] = deque()
 
-    def report(self, event: str, kind: str = '', sentence: str = '') -> None:
+    def report(
+        self, event: str, kind: str = '', sentence: str = '', wish: Wish | None = None
+    ) -> None:
         """Tell what happened; from any thread, never waits."""
-        self._reports.append(Report(event, kind, sentence))
+        self._reports.append(Report(event, kind, sentence, wish))
 
     def request(self, wish: Wish) -> bool:
         """Note the newest wish; False when it is what runs or comes already."""
@@ -110,8 +113,8 @@ class Swap:
 
     @property
     def held(self) -> bool:
-        """The arm may not start: the policy was freed, or is about to be."""
-        return self._held or self.stage is Stage.EMPTY
+        """The arm may not start: no policy is loaded, or the one that is must go."""
+        return self._held or self.running == NOTHING
 
     def step(self, *, moving: bool, hold: bool) -> Action | None:
         """Take in the reports and return what to do now, or None.
@@ -124,10 +127,10 @@ class Swap:
                 return action
         if self.stage in (Stage.ACTIVE, Stage.EMPTY) and self.wish != self.running:
             return self._start(hold)
-        if self.stage in (Stage.LOADING, Stage.VERIFYING) and self.wish != self.target:
-            if not self._cancelled and self.target != self._last:  # a way back is not given up
-                self._cancelled = True
-                return Action.CANCEL
+        under_way = self.stage in (Stage.LOADING, Stage.VERIFYING) and not self._cancelled
+        if under_way and self.wish != self.target != self._last:  # a way back is not given up
+            self._cancelled = True
+            return Action.CANCEL
         if self.stage is Stage.PROVING and self.wish != self.running and not moving:
             return Action.ACCEPT
         return None
@@ -158,17 +161,19 @@ class Swap:
     def _on_serving(self, report: Report) -> Action | None:
         """The target makes the next chunk."""
         assert self.target is not None, 'only a target is loaded'
-        back = self._held and self.target == self._last
-        self.running = self.target
+        held, back = self._held, self.target == self._last
+        self.running = self.target if report.wish is None else report.wish
+        if self.wish == self.target:
+            self.wish = self.running  # 'newest' has a name now
         self.latency_s = self._clock() - self._begun
-        if not self._held:
+        if not held and self._last != NOTHING:
             self.stage = Stage.PROVING
             self._end('proving')
             return None
-        self._held, self.target, self.stage = False, None, Stage.ACTIVE
-        if not back:  # else the outcome of what failed stays
+        if not (held and back):  # else the outcome of what failed stays
             self._end('active')
-        return Action.RESUME
+        self._held, self.target, self.stage = False, None, Stage.ACTIVE
+        return Action.RESUME if held else None
 
     def _on_proved(self, report: Report) -> None:
         self.stage, self.target = Stage.ACTIVE, None
