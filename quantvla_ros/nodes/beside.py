@@ -42,15 +42,16 @@ def no_collection() -> Iterator[None]:
     """Keep the collector of cycles off while many objects are made.
 
     It would walk through all of them with the interpreter held: tens of milliseconds, in which no
-    control tick runs. What was made is frozen afterwards, like everything at activate; policies
-    hold no cycles, so that dropping the last reference frees them.
+    control tick runs. What was made is frozen afterwards where activate has frozen the rest;
+    policies hold no cycles, so that dropping the last reference frees them.
     """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if gc.get_freeze_count():  # not after a deactivate: garbage would stay for ever
+            gc.freeze()
         if was_on:
             gc.enable()
 
