@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'doctor': ('quantvla_ros.doctor', 'Tell what this machine has and what is missing.'),
     'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
     'bench ros': ('quantvla_ros.bench.ros', 'Measure frames lost, overhead, jitter and growth.'),
+    'bench swap': ('quantvla_ros.bench.swap', 'Change the precision of a moving arm 200 times.'),
     'bench policy': ('quantvla_ros.bench.policy', 'Latency and memory of the shipped policy.'),
     'bench kernels': ('quantvla_ros.bench.kernels', 'Integer kernels against peak and peers.'),
     'bench recipes': ('quantvla_ros.bench.recipes', 'Action error and bytes of every recipe.'),

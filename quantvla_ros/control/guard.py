@@ -171,6 +171,11 @@ class Guard:
         return bool(np.abs(self._motion.velocities).max() > 1e-4)
 
     @property
+    def commanded_ns(self) -> int:
+        """Steady time of the last command, by which it was limited; for the control timer."""
+        return self._last_ns
+
+    @property
     def counts(self) -> dict[str, Any]:
         """Figures since construction: published, skipped, stops, ...; clipped and refused apart.
 

@@ -77,6 +77,7 @@ class Serving:
         self.inference_settings = settings.inference_settings(values, contract)
         self._undo: list[Callable[[], Any]] = []  # of what connect has built, newest last
         self.commands: CommandPublisher
+        self.send: Callable[[np.ndarray, np.ndarray], None]  # to the wire; of the control thread
         self.inputs: Inputs
         self.thread: InferenceThread
         self.inference: Inference | None = None
@@ -94,6 +95,7 @@ class Serving:
         self.commands = CommandPublisher(
             node, self.contract, self.limiter, self.values['trajectory.lead_s']
         )
+        self.send = self.commands.publish
         self._undo.append(self.commands.destroy)
         self.inputs = Inputs(node, self.contract, self.builder)
         self._undo.append(self.inputs.destroy)
@@ -280,7 +282,7 @@ class Serving:
         if self.dry_run:
             self._virtual = setpoint.positions
         else:
-            self.commands.publish(setpoint.positions, setpoint.velocities)
+            self.send(setpoint.positions, setpoint.velocities)
 
     def _measured(self) -> np.ndarray | None:
         """Return (joints,) measured positions in the order of action.joints.

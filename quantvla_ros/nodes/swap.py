@@ -198,6 +198,7 @@ class Swap:
             return None
         if hopeless and not superseded:
             self._held, self.stage = False, Stage.EMPTY
+            self.wish = NOTHING if self.wish == self._last else self.wish
             return None
         self.target, self.stage = self.wish if superseded else self._last, Stage.LOADING
         return Action.LOAD
@@ -205,7 +206,7 @@ class Swap:
     def _give_up(self) -> None:
         """Put the wish back, unless another one came meanwhile."""
         if self.wish == self.target:
-            self.wish = self.running
+            self.wish = self._last if self.running == NOTHING else self.running
 
     def _end(self, result: str, report: Report | None = None) -> None:
         wish = self.target or self.running
