@@ -129,24 +129,34 @@ def cycle(watch: Watch, names: list[str], swaps: int) -> list[Figures]:
         watch.busy()
         precision = names[(number + 1) % len(names)]
         begun = time.monotonic()
-        refusal = operator.set_parameters('policy_node', precision=precision)
-        if refusal:
-            raise ValueError(refusal)
-
-        def settled(precision: str = precision) -> bool:
-            policy = operator.policy
-            last = policy['swap']['last'] or {}
-            return policy['swap']['stage'] == 'active' and policy['precision'] == precision and (
-                last.get('result') == 'active')
-
-        while not operator.wait(settled, 1.0) and time.monotonic() < begun + SWAP_S:
-            watch.busy()  # an arm that stopped makes no chunks, so it proves nothing
-        if not settled():
-            raise ValueError(f'swap {number} did not settle: {operator.policy["swap"]}, '
-                             f'cause {operator.policy["cause"]}')
+        swap(watch, precision)
         took.append({'first_chunk_s': operator.policy['swap']['latency_s'],
                      'settled_s': time.monotonic() - begun})
     return took
+
+
+def swap(watch: Watch, precision: str) -> None:
+    """Wish for a precision until it runs and the old one is freed; a roll-back is wished again.
+
+    Roll-backs stay in the counts of ~/status, which are printed.
+    """
+    operator, begun = watch.operator, time.monotonic()
+
+    def state() -> str:
+        swap, runs = operator.policy['swap'], operator.policy['precision']
+        settled = swap['stage'] == 'active' and swap['requested'] == runs
+        return '' if not settled else 'there' if runs == precision else 'back'
+
+    while state() != 'there':
+        if time.monotonic() > begun + SWAP_S or watch.over():
+            raise ValueError(f'no swap to {precision}: {operator.policy["swap"]}, cause '
+                             f'{operator.policy["cause"]}')
+        refusal = operator.set_parameters('policy_node', precision=precision)
+        if refusal:
+            raise ValueError(refusal)
+        operator.wait(lambda: state() != 'back', 1.0)  # the wish is in ~/status
+        while not operator.wait(lambda: state() != '', 1.0) and not watch.over():
+            watch.busy()  # an arm that stopped makes no chunks, so it proves nothing
 
 
 def idle(watch: Watch, seconds: float) -> None:

@@ -92,13 +92,26 @@ def policy_status(snapshot: Mapping[str, Any]) -> DiagnosticStatus:
     return status(level, 'policy', message, values)
 
 
+def drift_status(snapshot: Mapping[str, Any]) -> DiagnosticStatus:
+    """Return whether the activations are inside their calibrated range."""
+    drift = snapshot['drift']
+    level, message = OK, 'inside the calibrated range'
+    if drift['warning']:
+        level, message = WARN, drift['warning']
+    elif not drift['ranges']:
+        message = 'nothing was calibrated, so nothing is known of the range'
+    return status(level, 'quantization', message, {**drift, 'shadow': snapshot['shadow']})
+
+
 def diagnostics(
     snapshot: Mapping[str, Any], inputs: list[DiagnosticStatus], node: str, hardware: str
 ) -> DiagnosticArray:
     """Return the whole array, without its stamp."""
     statuses = [policy_status(snapshot), *inputs]
     if snapshot['policy']:
-        statuses += [inference_status(snapshot), commands_status(snapshot)]
+        statuses += [
+            inference_status(snapshot), commands_status(snapshot), drift_status(snapshot)
+        ]
     for item in statuses:
         item.name = f'{node}: {item.name}'
         item.hardware_id = hardware

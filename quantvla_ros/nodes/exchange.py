@@ -64,10 +64,14 @@ class Admission:
         if problem:
             raise ValueError(problem)
 
-    def make(self, wish: Wish) -> Policy:
-        """Check and make a policy; in a thread that may take its time."""
+    def make(self, wish: Wish, *, commands: bool = True) -> Policy:
+        """Check and make a policy; in a thread that may take its time.
+
+        commands: the gate keeps no policy from answering that only shadows another.
+        """
         values = dict(self._values)
-        self.check(wish)
+        if commands:
+            self.check(wish)
         return make_policy(self._name, self._contract, self._settings(wish, values))
 
     def _settings(self, wish: Wish, values: dict[str, Any]) -> Any:
@@ -87,7 +91,7 @@ class Exchange:
         self.swap = Swap(running)
         self.doubt = admission.doubt(running)  # of the gate against what runs
         self.on_trouble: Callable[[str], None] = lambda text: None
-        self.beside = Beside(self.swap.report, self._reference, lambda text: self.on_trouble(text))
+        self.beside = Beside(self.swap.report, self.reference, lambda text: self.on_trouble(text))
         self.resume: Callable[[], None] = lambda: None  # enables again after a hold
         self._inference: Inference
         self._observe: Callable[[], Observation]
@@ -106,6 +110,14 @@ class Exchange:
         self._admission.check(wish)
         if self._values['swap.mode'] == 'beside':
             self._admission.check_room(wish)
+
+    def check_shadow(self, precision: str) -> None:
+        """Raise ValueError with a sentence when there is no room for a shadow."""
+        self._admission.check_room(Wish(precision))
+
+    def make_shadow(self, precision: str) -> Policy:
+        """Make a policy that commands nothing; in the loader's thread."""
+        return self._admission.make(Wish(precision), commands=False)
 
     def status(self) -> dict[str, Any]:
         """Return what ~/status tells of swaps."""
@@ -177,7 +189,7 @@ class Exchange:
 
         self._thread.submit(leave)
 
-    def _reference(self) -> Kept | Job:
+    def reference(self) -> Kept | Job:
         """Return the kept chunk, or let the running policy answer an observation now."""
         handover = self._inference.handover
         return handover.kept or self._thread.submit(lambda: self._answer())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantvla_ros.action import ActionChunk
+from quantvla_ros.nodes.drift import Drift, DriftSettings, ranges_of
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy
 
@@ -39,8 +40,10 @@ class Handover:
     def __init__(
         self, policy: Policy, report: Report = lambda *_: None,
         free: Callable[[list[Any]], None] = list.clear, slow_s: float = float('inf'),
+        drift: DriftSettings = DriftSettings(),  # noqa: B008 - a frozen value
     ) -> None:
-        self.running: Policy | None = policy
+        self._drift = drift
+        self._serve(policy)
         self.kept: Kept | None = None
         self._report, self._free, self._slow_s = report, free, slow_s
         self._old: Policy | None = None
@@ -51,15 +54,22 @@ class Handover:
         """Whether there is a way back."""
         return self._old is not None
 
+    def _serve(self, policy: Policy | None) -> None:
+        """Let a policy make the next chunk, watched against its own ranges."""
+        self.running: Policy | None = policy
+        self.drift = Drift(self._drift, ranges_of(policy))
+
     def take_over(self, box: list[Any], good_chunks: int, wish: Any = None) -> None:
         """Let the policy in the box make the next chunk; the box is emptied."""
-        self._old, self.running = self.running, box.pop()
+        self._old = self.running
+        self._serve(box.pop())
         self._left = good_chunks
         self._report('serving', wish=wish)
 
     def vacate(self) -> None:
         """Let go of the running policy: memory does not allow two."""
-        box, self.running = [self.running], None
+        box = [self.running]
+        self._serve(None)
         self._free(box)
 
     def accept(self) -> None:
@@ -83,7 +93,9 @@ class Handover:
         """Return to the old policy at once; False when there is none."""
         if not self.proving:
             return False
-        box, self.running, self._old = [self.running], self._old, None
+        box, old = [self.running], self._old
+        self._serve(old)
+        self._old = None
         self._free(box)
         self._report('rolled_back', kind, sentence)
         return True

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantvla_ros.action import NS_PER_S, ActionChunk
 from quantvla_ros.builder import ObservationBuilder
@@ -26,6 +26,9 @@ from quantvla_ros.control.latency import LatencyTracker
 from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.nodes.handover import Handover, Kept
+
+if TYPE_CHECKING:
+    from quantvla_ros.nodes.shadow import Shadow
 
 NICENESS = 5
 
@@ -132,6 +135,7 @@ class Inference:
         self.on_chunk: Callable[[ActionChunk], None] = lambda chunk: None
         self.on_trouble: Callable[[str], None] = lambda text: None
         self.speed_scale: Callable[[], float] = lambda: 1.0
+        self.shadow: Shadow | None = None  # written and read in the inference thread
         self.chunks = 0
         self.refused = 0
         self.spread_s = 0.0
@@ -212,12 +216,12 @@ class Inference:
         started_ns = time.monotonic_ns()
         observation = self._builder.build()
         self.spread_s = observation.spread_ns() / NS_PER_S
-        context = policy.prepare(observation)
-        prefix = None
-        if self.settings.prefix:
-            prefix = self._player.remaining(observation.stamp_ns)
-        seed = self.settings.seed + self.chunks
-        chunk = policy.denoise(context, seed, prefix)
+        prefix, seed = None, self.settings.seed + self.chunks
+        with self.handover.drift.looking(policy):
+            context = policy.prepare(observation)
+            if self.settings.prefix:
+                prefix = self._player.remaining(observation.stamp_ns)
+            chunk = policy.denoise(context, seed, prefix)
         self._took_s = (time.monotonic_ns() - started_ns) / NS_PER_S
         if episode == self._episode:
             self.latency.add(self._took_s)
@@ -256,3 +260,6 @@ class Inference:
         self.handover.kept = made
         self.handover.good(self._took_s)
         self.on_chunk(chunk)
+        shadow, left_s = self.shadow, (self._next_ns - self._clock.now_ns()) / NS_PER_S
+        if shadow is not None and shadow.wants(left_s):
+            self._thread.submit(lambda: shadow.compare(made))

@@ -182,6 +182,17 @@ POLICY_NODE: tuple[Parameter, ...] = (
               0.0001, 10.0),
     Parameter('swap.reserve_mb', 200, 'MB', LIVE,
               'Memory that must stay free beside a second policy.', 0, 1000000),
+    Parameter('shadow', '', '', LIVE,
+              'A second precision that answers the same observations without commanding; it reads '
+              'what shadows, empty for none. Differences on ~/shadow and in ~/status.'),
+    Parameter('drift.every', 20, '', CONFIGURE,
+              'Chunks from one look at the activations to the next; 0 never looks.', 0, 100000),
+    Parameter('drift.share', 0.2, '', CONFIGURE,
+              'Share of the layers outside the calibrated range above which /diagnostics warns.',
+              0.0, 1.0),
+    Parameter('drift.margin', 0.1, '', CONFIGURE,
+              'How far beyond the calibrated range still counts as inside, as a share of it.',
+              0.0, 10.0),
     Parameter('gate.mean_ratio', 1.0, '', LIVE,
               'Largest mean action error of a precision, as a multiple of what another noise seed '
               'makes; above it the precision may not be activated.', 0.001, 1000.0),

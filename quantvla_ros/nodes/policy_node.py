@@ -12,25 +12,23 @@ import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
-from rcl_interfaces.msg import SetParametersResult
-from rclpy.parameter import Parameter
 from std_msgs.msg import Bool, String
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import load_contract
+from quantvla_ros.control.difference import Difference
 from quantvla_ros.control.types import State
 from quantvla_ros.nodes import diagnostics, names, parameters
 from quantvla_ros.nodes.commands import make_chunk
 from quantvla_ros.nodes.controller_check import ask_controller, check_controller
-from quantvla_ros.nodes.exchange import LOADED
 from quantvla_ros.nodes.inputs import JOINTS, camera_key, vector_key
 from quantvla_ros.nodes.lifecycle import ManagedNode, run
+from quantvla_ros.nodes.live import LiveParameters
 from quantvla_ros.nodes.serving import Serving
 from quantvla_ros.nodes.snapshot import snapshot
 from quantvla_ros.nodes.swap import Outcome
@@ -45,14 +43,12 @@ class PolicyNode(ManagedNode):
     def __init__(self, name: str = names.POLICY_NODE, **options: Any) -> None:
         super().__init__(name, **options)
         parameters.declare(self)
-        self._wish: dict[str, Any] = {}  # set by the callback before, for the one after
-        if hasattr(self, 'add_pre_set_parameters_callback'):  # Humble has it not
-            self.add_pre_set_parameters_callback(self._before_parameters)
-        self.add_on_set_parameters_callback(self._on_parameters)
         self.serving: Serving | None = None
+        self._live = LiveParameters(self, self._ready)
         self._estop_sentence = ''  # pressed while nothing was configured
         self._description = ''
         self._chunks = self.create_publisher(JointTrajectory, names.CHUNK, 1)
+        self._shadow = self.create_publisher(JointTrajectory, names.SHADOW, 1)
         self._status = self.create_publisher(String, names.STATUS, names.LATCHED)
         self._is_active = self.create_publisher(Bool, names.IS_ACTIVE, names.LATCHED)
         self._diagnostics = self.create_publisher(DiagnosticArray, names.DIAGNOSTICS, 1)
@@ -87,11 +83,11 @@ class PolicyNode(ManagedNode):
         serving.connect(self)
         serving.load_policy(self.wait_until)
         assert serving.inference is not None  # load_policy made it
-        assert serving.exchange is not None
+        assert serving.exchange is not None and serving.shadowing is not None
         serving.inference.on_chunk = self._on_chunk
-        serving.inference.on_trouble = serving.exchange.on_trouble = functools.partial(
-            self.get_logger().warning, throttle_duration_sec=1.0
-        )
+        warn = functools.partial(self.get_logger().warning, throttle_duration_sec=1.0)
+        serving.inference.on_trouble = serving.exchange.on_trouble = warn
+        serving.shadowing.on_trouble, serving.shadowing.told = warn, self._on_shadow
         serving.inputs.on_instruction = self._on_instruction
         if self._estop_sentence:
             serving.guard.estop(self._estop_sentence)
@@ -138,61 +134,6 @@ class PolicyNode(ManagedNode):
 
     # callbacks -----------------------------------------------------------------------------
 
-    def _before_parameters(self, changed: Sequence[Any]) -> list[Any]:
-        """Keep the parameters of what is loaded at what runs: to set them is a wish."""
-        self._wish = {}
-        if self._ready() is None or self._telling:
-            return list(changed)
-        self._wish = {item.name: item.value for item in changed if item.name in LOADED}
-        return [self.get_parameter(item.name) if item.name in LOADED else item
-                for item in changed]
-
-    def _on_parameters(self, changed: Sequence[Any]) -> SetParametersResult:
-        wished, self._wish = self._wish, {}
-        values = {**{item.name: item.value for item in changed}, **wished}
-        loaded = self.state_label != 'unconfigured'
-        problems = parameters.check(values, loaded=loaded)
-        serving = self._ready()
-        if not problems and serving is not None and not self._telling:
-            live = {name: value for name, value in values.items() if name in serving.values}
-            problems = self._obey(serving, live)
-        return SetParametersResult(successful=not problems, reason='; '.join(problems))
-
-    def _obey(self, serving: Serving, values: dict[str, Any]) -> list[str]:
-        """Take over live values; return why a wish among them is refused."""
-        exchange = serving.exchange
-        assert exchange is not None, 'serving'
-        before = dict(serving.values)
-        wish = exchange.swap.wish
-        asked = any(name in values for name in LOADED)
-        if asked:
-            wish = replace(wish, **{name: values[name] for name in LOADED if name in values})
-        serving.values.update({k: v for k, v in values.items() if k not in LOADED})
-        try:
-            if asked:
-                exchange.check(wish)
-        except (ValueError, FileNotFoundError) as error:
-            serving.values.update(before)
-            return [str(error)]
-        serving.limiter.speed_scale = serving.values['limits.speed_scale']
-        if asked and exchange.swap.request(wish):
-            self.get_logger().info(f'{wish} is wished; {exchange.swap.running} runs until then')
-        return []
-
-    def _tell_truth(self, serving: Serving) -> None:
-        """Let the parameters say what runs."""
-        assert serving.exchange is not None, 'serving'
-        running = serving.exchange.swap.running
-        truth = {name: getattr(running, name) for name in LOADED}
-        if all(self.get_parameter(name).value == value for name, value in truth.items()):
-            return
-        self._telling = True
-        self.set_parameters_atomically(
-            [Parameter(name, value=value) for name, value in truth.items()])
-        self._telling = False
-
-    _telling = False
-
     def _on_description(self, message: Any) -> None:
         if message.data == self._description:
             return
@@ -208,6 +149,14 @@ class PolicyNode(ManagedNode):
     def _on_chunk(self, chunk: ActionChunk) -> None:
         """Show a chunk that was taken over; runs in the inference thread."""
         self._chunks.publish(make_chunk(chunk))
+
+    def _on_shadow(self, found: Difference, stamp_ns: int) -> None:
+        """Show how far the shadow's chunk is from the one that commands; inference thread."""
+        serving = self.serving
+        if serving is not None:
+            step_s = serving.contract.action.step_dt_s
+            self._shadow.publish(
+                make_chunk(ActionChunk(found.joint_names, found.steps, stamp_ns, step_s)))
 
     def _on_enable(self, request: Any, response: Any) -> Any:
         if request.data:
@@ -290,9 +239,10 @@ class PolicyNode(ManagedNode):
     def _watch_swap(self, serving: Serving) -> None:
         """Carry a swap on, and log what became of it once."""
         exchange = serving.exchange
-        assert exchange is not None, 'serving'
+        assert exchange is not None and serving.shadowing is not None, 'serving'
         exchange.step()
-        self._tell_truth(serving)
+        serving.shadowing.step()
+        self._live.tell(serving)
         outcome = exchange.swap.outcome
         if outcome is not None and outcome is not self._outcome:
             text = f'{outcome.wish}: {outcome.result.replace("_", " ")}'
@@ -309,11 +259,12 @@ class PolicyNode(ManagedNode):
         if serving is None:
             return (self.state_label, self._estop_sentence)
         guard, exchange = serving.guard, serving.exchange
-        assert exchange is not None, 'serving'
-        swap = exchange.swap
+        assert exchange is not None and serving.shadowing is not None, 'serving'
+        swap, shadowing = exchange.swap, serving.shadowing
         return (
             self.state_label, guard.state, guard.cause, guard.latch, serving.builder.instruction,
             swap.running, swap.wish, swap.stage, swap.outcome, exchange.doubt,
+            shadowing.running, shadowing.trouble,
         )
 
     def _report(self, *, changed: bool, periodic: bool) -> None:

@@ -30,6 +30,7 @@ from quantvla_ros.nodes.exchange import Admission, Exchange, wish_of
 from quantvla_ros.nodes.handover import Handover
 from quantvla_ros.nodes.inference import Inference, InferenceThread
 from quantvla_ros.nodes.inputs import Inputs
+from quantvla_ros.nodes.shadow import Shadowing
 from quantvla_ros.nodes.swap import Wish
 from quantvla_ros.nodes.wire import CommandPublisher
 from quantvla_ros.observation import Observation
@@ -82,6 +83,7 @@ class Serving:
         self.thread: InferenceThread
         self.inference: Inference | None = None
         self.exchange: Exchange | None = None
+        self.shadowing: Shadowing | None = None
         self.control: ControlThread | None = None
         self._moving = False
         self.faults: list[Fault] = []  # of the last tick, for diagnostics
@@ -120,7 +122,8 @@ class Serving:
             self.thread, admission, self.values, running, self.limiter, self.guard)
         self._undo.append(exchange.close)
         step_s = self.inference_settings.execute * self.inference_settings.step_dt_s
-        handover = Handover(policy, exchange.swap.report, exchange.beside.free, step_s)
+        handover = Handover(policy, exchange.swap.report, exchange.beside.free, step_s,
+                            settings.drift_settings(self.values))
         self.inference = Inference(
             self.thread, handover, self.builder, self.player, self.guard, self.clock,
             self.inference_settings,
@@ -128,6 +131,12 @@ class Serving:
         self.inference.speed_scale = lambda: self.limiter.speed_scale
         exchange.resume = self.enable
         exchange.serve(self.inference, self._observe)
+        self.shadowing = Shadowing(
+            self.thread, self.inference, self.limiter, exchange.reference, time.monotonic)
+        self._undo.append(self.shadowing.close)
+        if self.values['shadow']:
+            shadow = self.values['shadow']
+            self.shadowing.request(shadow, lambda: exchange.make_shadow(shadow))
 
     def _warmed_up(self, policy: Policy) -> Policy:
         observation = self.example()
@@ -319,7 +328,7 @@ class Serving:
         ended = True
         while self._undo:
             ended = self._undo.pop()() is not False and ended
-        self.inference = self.exchange = None
+        self.inference = self.exchange = self.shadowing = None
         gc.collect()
         return ended
 

@@ -20,11 +20,12 @@ def snapshot(serving: Serving | None, lifecycle: str, estop: str) -> dict[str, A
             'lifecycle': lifecycle, 'state': 'inactive', 'cause': None, 'estop': estop,
             'policy': '', 'precision': '', 'calibration': '', 'instruction': '',
             'dry_run': False, 'rivals': 0, 'overdue': None, 'inference': {}, 'tick': {},
-            'commands': {}, 'swap': {}, 'gate': '',
+            'commands': {}, 'swap': {}, 'gate': '', 'shadow': {}, 'drift': {},
         }
     guard, values, exchange = serving.guard, serving.values, serving.exchange
     latch = guard.latch
-    assert exchange is not None, 'only what serves is shown'
+    assert exchange is not None and serving.shadowing is not None, 'only what serves is shown'
+    assert serving.inference is not None
     running = exchange.swap.running
     return {
         'lifecycle': lifecycle,
@@ -43,6 +44,8 @@ def snapshot(serving: Serving | None, lifecycle: str, estop: str) -> dict[str, A
         'commands': {**guard.counts, 'rate_hz': serving.contract.controller.rate_hz},
         'swap': exchange.status(),
         'gate': exchange.doubt,
+        'shadow': serving.shadowing.status(),
+        'drift': serving.inference.handover.drift.status(),
     }
 
 

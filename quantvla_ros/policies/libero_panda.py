@@ -8,7 +8,8 @@ instruction that does not fit the checkpoint. Touches no topic and no clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from quantvla_ros.observation import Observation
 from quantvla_ros.policies import flow
 from quantvla_ros.policies.base import PolicySettings, Prospect
 from quantvla_ros.policies.libero_checkpoint import WEIGHTS, Checkpoint, read_checkpoint
+from quantvla_ros.policies.libero_looks import HEAD, Seen, hooked
 from quantvla_ros.policies.libero_program import ChunkProgram, RecordedContext
 from quantvla_ros.policies.libero_quantized import find_artifact, read_quantized
 from quantvla_ros.policies.libero_vla import Context, LiberoVlaNet
@@ -228,6 +230,22 @@ class LiberoVla:
 
     def reset(self) -> None:
         """Hold nothing of an episode, so forget nothing."""
+
+    @contextmanager
+    def watching(self, turn: int) -> Iterator[Seen]:
+        """Look at the chunk that is made inside, of a recorded network at one denoising step."""
+        seen = Seen()
+        if self.program is None:
+            with hooked(self.net, seen):
+                yield seen
+            return
+        self.program.see = (seen.add, turn)
+        try:
+            yield seen
+        finally:
+            self.program.see = None
+            names = (*seen.inputs, *seen.spreads)
+            seen.partial = frozenset(name for name in names if name.startswith(HEAD))
 
     def encode(self, observations: Sequence[Observation]) -> tuple[Context, np.ndarray]:
         """Return the network's context and the measured states, (batch, joints) SI.

@@ -280,7 +280,8 @@ def test_diagnostics_tell_rates_latencies_and_the_cause(robot, serve):
             kv.key == 'count' and int(kv.value) > 2 for kv in found['inference'].values)
 
     robot.wait(complete, 'inference figures on /diagnostics')
-    assert set(found) == {'policy', 'camera front', 'joint_states', 'inference', 'commands'}
+    assert set(found) == {
+        'policy', 'camera front', 'joint_states', 'inference', 'commands', 'quantization'}
     assert {'p50_ms', 'p95_ms', 'p99_ms', 'overruns'} <= {
         kv.key for kv in found['inference'].values}
     assert found['camera front'].hardware_id == 'two_joints'
