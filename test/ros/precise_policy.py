@@ -69,5 +69,5 @@ class PrecisePolicy(SweepPolicy):
             if self.precision == 'huge':
                 positions = positions + np.arange(len(positions))[:, None]
             if self.precision == 'slow':
-                threading.Event().wait(0.5)
+                threading.Event().wait(0.8)
         return ActionChunk(chunk.joint_names, positions, chunk.stamp_ns, chunk.step_dt_s)
