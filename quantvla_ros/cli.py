@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'eval': ('quantvla_ros.sim.evaluate', "Success rates on LIBERO's official initial states."),
     'frames': ('quantvla_ros.sim.record_frames', 'Record frames for calibration in simulation.'),
     'quantize': ('quantvla_ros.calibration.quantize', 'Turn linear layers into integer ones.'),
+    'calibrate': ('quantvla_ros.calibration.calibrate', "Fit scales to a robot's own bag."),
     'inspect': ('quantvla_ros.calibration.inspect', 'Show what an artifact costs, by layer.'),
     'stress': ('quantvla_ros.calibration.stress', 'The same function, large outliers inside.'),
     'memory': ('quantvla_ros.memory_command', 'Count what a published model holds, by part.'),
@@ -31,7 +32,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'bench ros': ('quantvla_ros.bench.ros', 'Measure frames lost, overhead, jitter and growth.'),
     'bench swap': ('quantvla_ros.bench.swap', 'Change the precision of a moving arm 200 times.'),
     'bench policy': ('quantvla_ros.bench.policy', 'Latency and memory of the shipped policy.'),
+    'bench calibration': (
+        'quantvla_ros.bench.calibration', 'Time a calibration, and a policy node beside one.',
+    ),
     'bench kernels': ('quantvla_ros.bench.kernels', 'Integer kernels against peak and peers.'),
+    'bench bags': ('quantvla_ros.bench.bags', 'Time and memory of reading a bag.'),
     'bench recipes': ('quantvla_ros.bench.recipes', 'Action error and bytes of every recipe.'),
     'bench parity': ('quantvla_ros.bench.parity', 'Compare World with LIBERO, step by step.'),
     'bench model-parity': (

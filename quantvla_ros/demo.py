@@ -22,6 +22,7 @@ from quantvla_ros.graph import environment, graph_named
 from quantvla_ros.policies.base import POLICIES
 from quantvla_ros.processes import Supervisor
 from quantvla_ros.resources import share_path
+from quantvla_ros.sim.lighting import parse_lighting
 from quantvla_ros.up import stopped_by_signals
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out', type=Path, help='folder for film, plot, bag and log')
     parser.add_argument('--pace', type=float, default=default_pace(),
                         help='simulated seconds per second; below 1 is slow motion')
+    parser.add_argument('--lighting', default='day', help='day, overcast, lamp, night, ...')
     parser.add_argument('--camera-rate', type=float, default=10.0, help='pictures per second')
 
 
@@ -69,12 +71,14 @@ def run(args: argparse.Namespace) -> int:
     out = (args.out or Path(time.strftime('runs/demo_%Y%m%d_%H%M%S'))).absolute()
     out.mkdir(parents=True, exist_ok=True)
     policy, model = choose_policy(args.policy, args.model)
+    parse_lighting(args.lighting)
     tasks = [args.task if args.task >= 0 else number % 10 for number in range(args.episodes)]
     pack_scenes(args.suite, tasks)
     precision = choose_precision(policy, model, args.precision)
     contract = 'libero_expert' if policy == 'expert' else 'libero_panda'
     given = {
         'contract': contract, 'suite': args.suite, 'task': str(tasks[0]),
+        'lighting': args.lighting,
         'policy': policy, 'model': model,
         'precision': precision, 'camera_rate': str(args.camera_rate), 'record': 'true',
         'pace': str(args.pace), 'recorder': 'record_node', 'bag': str(out / 'bag'),

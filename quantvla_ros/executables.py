@@ -10,6 +10,7 @@ import sys
 
 EXECUTABLES = {
     'policy_node': 'quantvla_ros.nodes.policy_node',
+    'calibration_node': 'quantvla_ros.nodes.calibration_node',
     'record_node': 'quantvla_ros.nodes.record_node',
     'sim_node': 'quantvla_ros.sim.sim_node',
 }

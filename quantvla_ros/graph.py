@@ -161,7 +161,7 @@ def _policy(values: Mapping[str, Value]) -> Process:
 
 
 def _sim(values: Mapping[str, Value]) -> Process:
-    names = ('contract', 'suite', 'task', 'init', 'seed', 'mode')
+    names = ('contract', 'suite', 'task', 'init', 'seed', 'lighting', 'mode')
     parameters = {name: values[name] for name in names}
     parameters['camera.rate_hz'] = values['camera_rate']
     parameters['pace'] = values['pace']
@@ -230,6 +230,19 @@ def record_graph(values: Mapping[str, Value]) -> list[Process]:
     return [_recorder(values)]
 
 
+CALIBRATED = ('bag', 'model', 'precision', 'output', 'frames', 'held_out', 'learn', 'recipe',
+              'seed', 'beside_active', 'nice', 'autostart', 'use_sim_time')
+
+
+def calibrate_graph(values: Mapping[str, Value]) -> list[Process]:
+    """The calibration node alone, beside whatever else runs."""
+    common = _common(values, 'config/calibration_node.yaml')
+    parameters = {name: values[name] for name in CALIBRATED}
+    parameters['contract'] = values['contract']
+    return [Process('calibrate', 'calibration_node', 'calibration_node', parameters=parameters,
+                    **common)]
+
+
 COMMON = (
     Argument('contract', 'libero_panda',
              'Contract of robot and policy: a shipped name or a path to a YAML file.'),
@@ -266,10 +279,27 @@ SIM = (
     Argument('task', 0, 'Number of the task in its suite, 0 to 9.'),
     Argument('init', 0, 'Official initial state, 0 to 49; -1 places the objects at random.'),
     Argument('seed', 0, 'Seed of random placements.'),
+    Argument('lighting', 'day', 'day, overcast, lamp, night, or numbers as sim_node takes them.'),
     Argument('pace', 1.0, 'Simulated seconds per second; below 1 is slow motion on /clock.'),
     Argument('camera_rate', 20.0, 'Most pictures per second and camera.'),
     Argument('mode', 'realtime', 'lockstep waits for a command in each step and drives /clock.',
              ('realtime', 'lockstep')),
+)
+
+CALIBRATE = (
+    Argument('bag', '', 'Bag to calibrate from; may be set later, as a parameter.'),
+    Argument('model', '', "Folder of the checkpoint; empty takes the policy's own."),
+    Argument('precision', 'w4a8', 'Artifact to calibrate.'),
+    Argument('output', '', "Name of the calibration, or a path; empty takes the bag's name."),
+    Argument('frames', 128, 'Frames to fit on.'),
+    Argument('held_out', 32, 'Frames to judge by.'),
+    Argument('learn', 'activations,alpha,beta',
+             'What is tried: any of rounding, smoothing, activations, alpha, beta.'),
+    Argument('recipe', '', "Recipe of rounding and smoothing; empty takes the artifact's own."),
+    Argument('seed', 0, 'Seed of frames and noise.'),
+    Argument('beside_active', False, 'Calibrate although the arm moves.', ('true', 'false')),
+    Argument('nice', 19, 'Priority: 0 normal, 19 only what others leave.'),
+    Argument('autostart', True, 'Configure and activate without a manager.', ('true', 'false')),
 )
 
 
@@ -289,6 +319,8 @@ GRAPHS: dict[str, Graph] = {
               (*COMMON, _dds('local'), *SIM, *POLICY, *WITH_RECORD), sim_graph),
         Graph('record', 'The recorder alone (launch/record.launch.py).',
               (*COMMON, SIM_TIME, _dds('network'), *RECORD), record_graph),
+        Graph('calibrate', 'The calibration node alone (launch/calibrate.launch.py).',
+              (*COMMON, SIM_TIME, _dds('network'), *CALIBRATE), calibrate_graph),
     )
 }
 
@@ -306,7 +338,9 @@ def arguments_markdown(names: Sequence[str] = tuple(GRAPHS)) -> str:
     seen: dict[str, tuple[Argument, list[str], list[str]]] = {}
     for name in names:
         for argument in GRAPHS[name].arguments:
-            entry = seen.setdefault(argument.name, (argument, [], []))
+            # two graphs may mean different things by one word, such as the bag
+            key = f'{argument.name}: {argument.description}'
+            entry = seen.setdefault(key, (argument, [], []))
             entry[1].append(name)
             entry[2].append(argument.text)
     for argument, graphs, defaults in seen.values():

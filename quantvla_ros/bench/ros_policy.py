@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test policies for `quantvla bench ros`: one takes a constant time, one keeps a core busy.
+"""Test policies for `quantvla bench ros`: constant time, a busy core, or constant work.
 
 They hold the arm but for a few micrometres that number the chunk, so that a command on the wire
-tells which chunk it came from. Settings come in `model`: 'sleep SECONDS LOG', 'busy SECONDS LOG'.
+tells which chunk it came from. Settings come in `model`: 'sleep SECONDS LOG', 'busy SECONDS LOG',
+or 'work SECONDS LOG', which takes as long as its work does where it was measured alone, and longer
+where others take its core.
 """
 
 from __future__ import annotations
@@ -28,13 +30,26 @@ class ConstantTime:
     def __init__(self, contract: Contract, settings: PolicySettings) -> None:
         self.contract = contract
         kind, seconds, log = (settings.model or 'sleep 0.02 ').split(' ', 2)
-        if kind not in ('sleep', 'busy'):
-            raise ValueError(f"model is {settings.model!r}; expected 'sleep' or 'busy', seconds")
+        if kind not in ('sleep', 'busy', 'work'):
+            raise ValueError(
+                f"model is {settings.model!r}; expected 'sleep', 'busy' or 'work', seconds")
         self._busy, self._seconds = kind == 'busy', float(seconds)
         self._log = Path(log) if log else None
         self._matrix = np.random.default_rng(0).standard_normal((192, 192)).astype(np.float32)
+        self._products = self._measured() if kind == 'work' else 0
         self._number = 0
         self._pose: np.ndarray | None = None
+
+    def _measured(self) -> int:
+        """How many products the stated time is good for: the best of a few tries."""
+        counts = []
+        for _ in range(5):
+            end_ns, count = time.monotonic_ns() + round(0.1 * self._seconds * 1e9), 0
+            while time.monotonic_ns() < end_ns:
+                self._matrix @ self._matrix
+                count += 1
+            counts.append(10 * count)
+        return max(counts)
 
     def prepare(self, observation: Observation) -> tuple[int, float, Observation]:
         """Note the time, and how old the newest picture is."""
@@ -53,7 +68,10 @@ class ConstantTime:
         end_ns = start_ns + round(self._seconds * 1e9)
         while self._busy and time.monotonic_ns() < end_ns:
             self._matrix @ self._matrix
-        time.sleep(max(0.0, (end_ns - time.monotonic_ns()) / 1e9))
+        for _ in range(self._products):
+            self._matrix @ self._matrix
+        if not self._products:
+            time.sleep(max(0.0, (end_ns - time.monotonic_ns()) / 1e9))
         action = self.contract.action
         order = [observation.joint_names.index(name) for name in action.joints]
         if self._pose is None:

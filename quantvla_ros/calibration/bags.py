@@ -10,16 +10,17 @@ a sentence, a damaged file with what could be read of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantvla_ros.action import NS_PER_S
 from quantvla_ros.calibration.bags_files import BagError, BagFiles, find_files, gone
 from quantvla_ros.calibration.bags_mcap import DamagedError, Raw
-from quantvla_ros.calibration.bags_storage import open_source
+from quantvla_ros.calibration.bags_rosbag2 import needs_rosbag2, open_rosbag2
+from quantvla_ros.calibration.bags_storage import Source, open_source
 from quantvla_ros.calibration.bags_types import reader_of
-from quantvla_ros.calibration.pairing import Pairing
+from quantvla_ros.calibration.pairing import JOINTS, Pairing, camera_key
 from quantvla_ros.contract import Contract
 from quantvla_ros.observation import Observation
 
@@ -33,11 +34,15 @@ class ReadOptions:
     namespace: of the robot in the bag; None finds it, where only one robot was recorded.
     partial: use what can be read of a damaged bag instead of refusing it.
     max_back_s: stamps of one input that go back by more refuse the bag; by less, that message.
+    camera_max_age_s, joints_max_age_s: how far a part may be behind the newest part of its moment,
+    as the node's freshness parameters of these names; 0 takes the contract's.
     """
 
     namespace: str | None = None
     partial: bool = False
     max_back_s: float = 0.5
+    camera_max_age_s: float = 0.0
+    joints_max_age_s: float = 0.0
 
 
 @dataclass
@@ -86,7 +91,7 @@ def moments(
 ) -> Iterator[Moment]:
     """Yield the usable moments of a bag and keep the account in reading. Raises BagError."""
     names = topic_names(bag, contract, options)
-    pairing = Pairing(contract, options.max_back_s)
+    pairing = Pairing(contract, options.max_back_s, ages_of(contract, options))
     if contract.instruction_topic in names:
         pairing.await_instruction()
     elif not contract.instruction:
@@ -107,7 +112,7 @@ def moments(
             pairing.rejected[f'{raw.topic}: a message that cannot be decoded'] += 1
             continue
         if name in cameras:
-            if pairing.take_camera(cameras[name], message):
+            if pairing.take_camera(cameras[name], message, raw.received_ns):
                 reading.moments += 1
                 yield Moment(reading.moments - 1, pairing.look)
         elif name == contract.joints.topic:
@@ -119,10 +124,20 @@ def moments(
     _check_all_came(bag, contract, pairing)
 
 
+def ages_of(contract: Contract, options: ReadOptions) -> dict[str, float]:
+    """Return input -> how many seconds it may be behind the newest one."""
+    ages = {camera_key(camera.name): options.camera_max_age_s or camera.max_age_s
+            for camera in contract.cameras}
+    ages[JOINTS] = options.joints_max_age_s or contract.joints.max_age_s
+    return ages
+
+
 def _check_all_came(bag: BagFiles, contract: Contract, pairing: Pairing) -> None:
     missing = pairing.builder.missing()
     if missing:
-        raise BagError(f'{bag.path} holds no usable message of {", ".join(missing)}')
+        reasons = '; '.join(f'{count} {reason}' for reason, count in pairing.rejected.items())
+        raise BagError(f'{bag.path} holds no usable message of {", ".join(missing)}'
+                       + (f' (not used: {reasons})' if reasons else ''))
 
 
 def _messages(
@@ -130,9 +145,9 @@ def _messages(
 ) -> Iterator[Raw]:
     """Yield the wanted messages of all files; damage ends a file, and the pass unless partial."""
     per_topic = dict.fromkeys(sorted(wanted), 0)
-    for file in bag.files:
+    for opened in _sources(bag):
         try:
-            with open_source(file, bag.storage) as source:
+            with opened as source:
                 for raw in source.messages(wanted):
                     reading.messages += 1
                     per_topic[raw.topic] += 1
@@ -140,11 +155,20 @@ def _messages(
                     reading.last_ns = max(reading.last_ns, raw.received_ns)
                     yield raw
         except OSError as error:
-            raise gone(file, error) from error
+            raise gone(bag.path, error) from error
         except DamagedError as error:
             reading.damage = (*reading.damage, str(error))
             if not options.partial:
                 raise _damaged(error, reading, per_topic) from error
+
+
+def _sources(bag: BagFiles) -> Iterator[AbstractContextManager[Source]]:
+    """Yield what has to be opened, one after the other."""
+    if needs_rosbag2(bag):
+        yield open_rosbag2(bag)
+        return
+    for file in bag.files:
+        yield open_source(file, bag.storage)
 
 
 def _damaged(error: DamagedError, reading: Reading, per_topic: Mapping[str, int]) -> BagError:
@@ -162,7 +186,7 @@ def topic_names(bag: BagFiles, contract: Contract, options: ReadOptions) -> dict
     The instruction is left out where it was not recorded; anything else is needed. Raises
     BagError when a topic is missing, has another type, or several robots were recorded.
     """
-    found = _topics(bag, contract)
+    found = _topics(bag)
     wanted = contract.topics()
     needed = [topic for topic in wanted if topic != contract.instruction_topic]
     if options.namespace is None:
@@ -192,15 +216,15 @@ def topic_names(bag: BagFiles, contract: Contract, options: ReadOptions) -> dict
     return names
 
 
-def _topics(bag: BagFiles, contract: Contract) -> dict[str, str]:
+def _topics(bag: BagFiles) -> dict[str, str]:
     """Return topic -> type over all files of a bag, stopping where damage hides the rest."""
     found: dict[str, str] = {}
-    for file in bag.files:
+    for opened in _sources(bag):
         try:
-            with ExitStack() as stack:
-                found.update(stack.enter_context(open_source(file, bag.storage)).topics())
+            with opened as source:
+                found.update(source.topics())
         except OSError as error:
-            raise gone(file, error) from error
+            raise gone(bag.path, error) from error
         except DamagedError:
             continue  # the pass over the messages tells it, with what could be read
     return found

@@ -28,12 +28,14 @@ class BagFiles:
     """The files of a bag in the order they were written.
 
     storage: mcap, sqlite3, or the name of a plugin that only the robot's own rosbag2 knows.
-    closed: whether the recorder finished metadata.yaml; a single file counts as closed.
+    compression: file, message, or nothing. closed: whether the recorder finished metadata.yaml;
+    a single file counts as closed.
     """
 
     path: Path
     files: tuple[Path, ...]
     storage: str
+    compression: str = ''
     closed: bool = True
 
     def fingerprint(self) -> tuple[tuple[str, int, int], ...]:
@@ -85,11 +87,14 @@ def _directory(path: Path) -> BagFiles:
     try:
         data = yaml.safe_load(text)['rosbag2_bagfile_information']
         names = [PurePosixPath(str(name)).name for name in data['relative_file_paths']]
-        storage, mode = str(data['storage_identifier']), str(data.get('compression_mode') or '')
+        storage, compression = str(data['storage_identifier']), _compression(path, data)
+    except BagError:
+        raise
     except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise BagError(
-            f'{path / METADATA} is damaged ({type(error).__name__}: {error}); without it the '
-            'files beside it can still be read, so move it away, or run `ros2 bag reindex`'
+            f'{path / METADATA} is damaged ({type(error).__name__}: {" ".join(str(error).split())}'
+            '); without it the files beside it can still be read, so move it away, or run '
+            '`ros2 bag reindex`'
         ) from error
     files = [_present(path, name) for name in names]
     missing = [name for name, file in zip(names, files, strict=True) if file is None]
@@ -98,8 +103,7 @@ def _directory(path: Path) -> BagFiles:
             f'{path} lacks {", ".join(missing) or "any file"}, which its {METADATA} names; copy '
             'the whole directory'
         )
-    _check_compression(path, data, mode)
-    return BagFiles(path, tuple(file for file in files if file is not None), storage)
+    return BagFiles(path, tuple(file for file in files if file is not None), storage, compression)
 
 
 def _present(path: Path, name: str) -> Path | None:
@@ -110,13 +114,17 @@ def _present(path: Path, name: str) -> Path | None:
     return None
 
 
-def _check_compression(path: Path, data: dict[str, Any], mode: str) -> None:
+def _compression(path: Path, data: dict[str, Any]) -> str:
+    mode = str(data.get('compression_mode') or '').lower()
     form = str(data.get('compression_format') or '')
-    if mode.lower() in ('file', 'message') and form != 'zstd':
+    if mode not in ('file', 'message'):
+        return ''
+    if form != 'zstd':
         raise BagError(
             f'{path} is compressed by {form!r}; only zstd can be read. Convert it with '
             '`ros2 bag convert`'
         )
+    return mode
 
 
 def _without_metadata(path: Path) -> BagFiles:

@@ -35,7 +35,7 @@ class Source(Protocol):
 
 @contextmanager
 def open_source(file: Path, storage: str) -> Iterator[Source]:
-    """Open one file of a bag by the best reader for it."""
+    """Open one file of a bag, mcap or sqlite3, by the best reader for it."""
     if storage == 'mcap' and file.name.endswith(PACKED):
         yield McapScan(file)
         return
@@ -102,13 +102,18 @@ class Indexed:
         chosen = [c for c in self._reader.connections if c.topic in wanted]
         if not chosen:
             return
+        due, count = sum(connection.msgcount for connection in chosen), 0
         try:
             for connection, received_ns, data in self._reader.messages(chosen):
+                count += 1
                 yield Raw(connection.topic, connection.msgtype, received_ns, plain(data))
         except OSError:
             raise
         except Exception as error:  # of a foreign library: whatever it is, the file is damaged
             raise DamagedError(f'{self._name} is damaged: {error}') from error
+        if count < due:  # blocks of zeros, as a power cut leaves them, read as if nothing were
+            lost = f'{due - count} of {due} messages are lost'
+            raise DamagedError(f'{self._name} is damaged: {lost}')
 
 
 class McapScan:

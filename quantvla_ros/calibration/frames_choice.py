@@ -38,11 +38,11 @@ def candidate_of(number: int, time_s: float, observation: Observation) -> Candid
 
 def _grey_cells(image: np.ndarray) -> np.ndarray:
     """Return (64,) mean values of the cells of an (height, width, 3) picture."""
-    rows = np.linspace(0, image.shape[0], CELLS + 1).astype(int)[:-1]
-    columns = np.linspace(0, image.shape[1], CELLS + 1).astype(int)[:-1]
-    sums = np.add.reduceat(np.add.reduceat(image.sum(2, dtype=np.int64), rows), columns, axis=1)
-    counts = np.diff(rows, append=image.shape[0])[:, None] * np.diff(
-        columns, append=image.shape[1])
+    height, width = image.shape[:2]
+    rows, columns = np.arange(CELLS) * height // CELLS, np.arange(CELLS) * width // CELLS
+    flat = image.reshape(height, 3 * width)
+    sums = np.add.reduceat(np.add.reduceat(flat, 3 * columns, axis=1, dtype=np.uint32), rows)
+    counts = np.diff(rows, append=height)[:, None] * np.diff(columns, append=width)
     return (sums / (3 * counts)).astype(np.float32).ravel()
 
 

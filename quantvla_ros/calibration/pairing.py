@@ -9,6 +9,7 @@ close together as the contract demands of a live robot. Opens no file.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from quantvla_ros.action import NS_PER_S
@@ -18,7 +19,13 @@ from quantvla_ros.contract import Contract
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.observation import Observation
 
+JOINTS = 'joint states'
 MISMATCH = ('encoding', 'size', 'names', 'width', 'stamp')  # the contract or the robot is wrong
+
+
+def camera_key(name: str) -> str:
+    """The name of a camera among all inputs."""
+    return f'camera {name!r}'
 
 
 class Pairing:
@@ -27,12 +34,15 @@ class Pairing:
     rejected: reason -> how many messages or moments could not be used, and why.
     """
 
-    def __init__(self, contract: Contract, max_back_s: float) -> None:
+    def __init__(
+        self, contract: Contract, max_back_s: float, max_age_s: Mapping[str, float]
+    ) -> None:
         self.builder = ObservationBuilder(contract)
         self.rejected: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()  # input -> messages
         self._contract = contract
         self._max_back_s = max_back_s
+        self._max_age_s = max_age_s  # camera or joint states -> s behind the newest of these
         self._stamps: dict[str, int] = {}  # input -> stamp of its last message
         self._new: set[str] = set()  # cameras with a picture that no moment has used
         self._usable: set[str] = set()  # inputs that have sent something good
@@ -49,21 +59,21 @@ class Pairing:
 
     def take_joints(self, message: Any) -> None:
         """Take a JointState. Raises BagError."""
-        self._put('joint states', lambda: self.builder.put_joints(message))
+        self._put(JOINTS, lambda: self.builder.put_joints(message))
 
     def take_vector(self, name: str, message: Any, received_ns: int) -> None:
         """Take a Float64MultiArray. Raises BagError."""
         self._put(f'vector {name!r}',
                   lambda: self.builder.put_vector(name, message, received_ns))
 
-    def take_camera(self, name: str, message: Any) -> bool:
+    def take_camera(self, name: str, message: Any, received_ns: int) -> bool:
         """Take a picture; return whether this is a moment to look. Raises BagError."""
-        if self._put(f'camera {name!r}', lambda: self.builder.put_camera(name, message)):
+        if self._put(camera_key(name), lambda: self.builder.put_camera(name, message)):
             self._new.add(name)
         if len(self._new) < len(self._contract.cameras):
             return False
         self._new.clear()
-        return self._usable_moment()
+        return self._usable_moment(received_ns)
 
     def look(self) -> Observation | None:
         """Return the observation of this moment, None where a picture cannot be decoded.
@@ -105,19 +115,24 @@ class Pairing:
                            'the driver was set otherwise when it was recorded') from error
         self.rejected[f'{who}: {error.kind}'] += 1
 
-    def _usable_moment(self) -> bool:
-        """Whether every part is there and, by its stamp, fresh beside the newest of them."""
+    def _usable_moment(self, received_ns: int) -> bool:
+        """Whether every part is there and, by its stamp, fresh beside the newest of them.
+
+        A vector has no stamp but that of its receipt, which is compared with that of now.
+        """
         if not self._instructed:
             self.rejected['before the first instruction'] += 1
             return False
         if self.builder.missing():
             self.rejected['before the first message of every input'] += 1
             return False
-        bounds = {f'camera {c.name!r}': c.max_age_s for c in self._contract.cameras}
-        bounds['joint states'] = self._contract.joints.max_age_s
-        newest_ns = max(self._stamps[who] for who in bounds)
-        for who, max_age_s in bounds.items():
-            if newest_ns - self._stamps[who] > max_age_s * NS_PER_S:
-                self.rejected[f'{who}: older than max_age_s beside the others'] += 1
-                return False
-        return True
+        newest_ns = max(self._stamps[who] for who in self._max_age_s)
+        ages = {who: (newest_ns - self._stamps[who], max_age_s)
+                for who, max_age_s in self._max_age_s.items()}
+        for vector in self._contract.vectors:
+            who = f'vector {vector.name!r}'
+            ages[who] = (received_ns - self._stamps[who], vector.max_age_s)
+        old = [who for who, (age_ns, most_s) in ages.items() if age_ns > most_s * NS_PER_S]
+        for who in old:
+            self.rejected[f'{who}: older than max_age_s beside the others'] += 1
+        return not old

@@ -155,18 +155,7 @@ def read_checkpoint(folder: Path) -> tuple[Checkpoint, LiberoVlaNet]:
     Raises FileNotFoundError or CheckpointError; nothing is loaded unless everything fits.
     """
     checkpoint = read_settings(folder)
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'{path} is missing. The weights belong to the package; restore the file, or train '
-            'them with `quantvla train`.'
-        )
-    digest = hash_file(path)
-    if digest != checkpoint.sha256:
-        raise CheckpointError(
-            f'{path} is not the file that {SETTINGS} describes: its sha256 is {digest}, expected '
-            f'{checkpoint.sha256}. Restore both files from the same place.'
-        )
+    path = verified_weights(folder, checkpoint)
     try:
         weights = load_file(path)
     except SafetensorError as error:
@@ -179,6 +168,26 @@ def read_checkpoint(folder: Path) -> tuple[Checkpoint, LiberoVlaNet]:
     net = LiberoVlaNet(checkpoint.config)
     net.load_state_dict(weights)  # copies each weight into its float32 place
     return checkpoint, net.eval().requires_grad_(False)
+
+
+def verified_weights(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Return the file of the weights, once its hash is the one that policy.json states.
+
+    Raises FileNotFoundError or CheckpointError.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{path} is missing. The weights belong to the package; restore the file, or train '
+            'them with `quantvla train`.'
+        )
+    digest = hash_file(path)
+    if digest != checkpoint.sha256:
+        raise CheckpointError(
+            f'{path} is not the file that {SETTINGS} describes: its sha256 is {digest}, expected '
+            f'{checkpoint.sha256}. Restore both files from the same place.'
+        )
+    return path
 
 
 def hash_file(path: Path) -> str:

@@ -8,6 +8,7 @@ read_calibration refuse.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,21 +17,21 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quantvla_ros.policies.libero_checkpoint import (
-    SETTINGS,
-    WEIGHTS,
     Checkpoint,
     CheckpointError,
-    hash_file,
     read_settings,
+    verified_weights,
     weight_problems,
 )
 from quantvla_ros.policies.libero_program import Stored, recordable
 from quantvla_ros.policies.libero_vla import Attention, LiberoVlaNet, rotary_table
 from quantvla_ros.policies.sites import libero_vla_sites
-from quantvla_ros.quant.artifact import JSON_NAME, ArtifactError, read_artifact
+from quantvla_ros.quant.artifact import JSON_NAME, Artifact, ArtifactError, read_artifact
 from quantvla_ros.quant.calibrated import Calibration, load_calibration
-from quantvla_ros.quant.linear import Make, QuantLinear, replace_linears
+from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear, replace_linears
 from quantvla_ros.quant.simulate import simulate
+from quantvla_ros.quant.sites import PolicySites
+from quantvla_ros.quant.streamed import stream_linears
 
 
 def find_artifact(model: Path, precision: str) -> Path:
@@ -49,6 +50,16 @@ def find_artifact(model: Path, precision: str) -> Path:
     )
 
 
+class Opened(NamedTuple):
+    """An artifact of a checkpoint, both verified; no float weight is read yet."""
+
+    checkpoint: Checkpoint
+    weights: Path
+    folder: Path
+    artifact: Artifact
+    sites: PolicySites
+
+
 class Quantized(NamedTuple):
     """What was read. record: whether the network must be recorded before it runs.
 
@@ -62,6 +73,42 @@ class Quantized(NamedTuple):
     calibration: Calibration | None
 
 
+def open_artifact(model: Path, precision: str) -> Opened:
+    """Read an artifact and what it must belong to.
+
+    Raises FileNotFoundError, CheckpointError or ArtifactError.
+    """
+    folder = find_artifact(model, precision)
+    checkpoint = read_settings(model)
+    weights = verified_weights(model, checkpoint)
+    with torch.device('meta'):
+        sites = libero_vla_sites(LiberoVlaNet(checkpoint.config))
+    artifact = read_artifact(folder, checkpoint.sha256, sites)
+    return Opened(checkpoint, weights, folder, artifact, sites)
+
+
+def build(opened: Opened, layers: Mapping[str, QuantizedLayer], make: Make) -> LiberoVlaNet:
+    """Return the network with these layers made by `make`, and everything else in float32."""
+    with torch.device('meta'):
+        net = LiberoVlaNet(opened.checkpoint.config)
+    try:
+        replace_linears(net, layers, make)
+    except (ValueError, AttributeError) as error:
+        raise ArtifactError(f'{opened.folder}: {error}') from error
+    fill(net, opened.weights)
+    return net.eval().requires_grad_(False)
+
+
+def read_teacher(opened: Opened) -> LiberoVlaNet:
+    """Return the float network whose blocks' linears are left on the disk."""
+    with torch.device('meta'):
+        net = LiberoVlaNet(opened.checkpoint.config)
+    inside = [site.name for block in opened.sites.blocks for site in opened.sites.in_block(block)]
+    stream_linears(net, inside, opened.weights)
+    fill(net, opened.weights)
+    return net.eval().requires_grad_(False)
+
+
 def read_quantized(
     model: Path, precision: str, device: str = 'cpu', calibration: str = ''
 ) -> Quantized:
@@ -73,36 +120,20 @@ def read_quantized(
     layers are simulated: the same codes and scales, float sums (quant/simulate.py).
     Raises FileNotFoundError, CheckpointError or ArtifactError.
     """
-    folder = find_artifact(model, precision)
-    checkpoint = read_settings(model)
-    path = model / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} is missing; the artifact {folder} needs what stays float')
-    digest = hash_file(path)
-    if digest != checkpoint.sha256:
-        raise CheckpointError(
-            f'{path} is not the file that {SETTINGS} describes: its sha256 is {digest}, expected '
-            f'{checkpoint.sha256}. Restore both files from the same place.'
-        )
-    with torch.device('meta'):
-        net = LiberoVlaNet(checkpoint.config)
-    sites = libero_vla_sites(net)
-    artifact = read_artifact(folder, checkpoint.sha256, sites)
-    name, found = load_calibration(folder, calibration, artifact)
-    layers = artifact.layers if found is None else found.applied(artifact.layers, sites)
+    opened = open_artifact(model, precision)
+    name, found = load_calibration(opened.folder, calibration, opened.artifact)
+    layers = opened.artifact.layers
+    if found is not None:
+        layers = found.applied(layers, opened.sites)
     record = device == 'cpu' and recordable(layers)
     make: Make = simulate if device != 'cpu' else Stored if record else QuantLinear
-    try:
-        replace_linears(net, layers, make)
-    except (ValueError, AttributeError) as error:
-        raise ArtifactError(f'{folder}: {error}') from error
-    _fill(net, path)
+    net = build(opened, layers, make)
     if found is not None:
-        found.scale_float(net, layers, sites)
-    return Quantized(checkpoint, net.eval().requires_grad_(False), record, name, found)
+        found.scale_float(net, layers, opened.sites)
+    return Quantized(opened.checkpoint, net, record, name, found)
 
 
-def _fill(net: LiberoVlaNet, path: Path) -> None:
+def fill(net: LiberoVlaNet, path: Path) -> None:
     """Give every parameter that is left its float32 value, and make the rotary tables."""
     expected = {name: value.detach() for name, value in net.named_parameters()}
     try:

@@ -51,15 +51,24 @@ class PairStatistics:
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
         """Add one call: (size, n) values of both, the same entries masked out of both."""
-        t, s = teacher.double(), student.double()
+        self.add_calls(teacher.double()[None], student.double()[None])
+
+    def add_calls(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Add several calls at once, (calls, size, n) of both; return the student's spreads.
+
+        Sums over n are taken in the dtype that is given, all others in float64.
+        """
+        t, s = teacher, student
         if self.centred:
             # softmax ignores a shift of a row, and so must the fit
             t, s = t - t.mean(-1, keepdim=True), s - s.mean(-1, keepdim=True)
-        self.calls += 1
-        self.teacher_spread += t.pow(2).mean(-1).sqrt()
-        self.student_spread += s.pow(2).mean(-1).sqrt()
-        self.cross += (t * s).mean(-1)
-        self.square += s.pow(2).mean(-1)
+        spread, square = (x.pow(2).mean(-1).double() for x in (t, s))
+        self.calls += len(t)
+        self.teacher_spread += spread.sqrt().sum(0)
+        self.student_spread += square.sqrt().sum(0)
+        self.cross += (t * s).mean(-1).double().sum(0)
+        self.square += square.sum(0)
+        return square.sqrt()
 
     def ratio(self) -> Tensor:
         """Published form: mean spread of the teacher over mean spread of the student."""

@@ -81,23 +81,7 @@ class Calibration:
 
     def rows(self, sites: PolicySites) -> dict[str, Tensor]:
         """Return linear -> (rows,) float32 factors of its scales; raises ArtifactError."""
-        known = {site.name: site for site in sites.attentions}
-        found: dict[str, Tensor] = {}
-        for name in (*self.alpha, *self.beta):
-            if name not in known:
-                raise ArtifactError(f'the calibration names attention {name!r}, which the policy '
-                                    f'does not have; calibrate this model again')
-        for name, alpha in self.alpha.items():
-            site = known[name]
-            if not site.alpha_foldable or tuple(alpha.shape) != (site.heads,):
-                raise ArtifactError(_misfit(site, 'alpha', alpha))
-            found[site.q] = alpha.float().repeat_interleave(site.head_dim)
-        for name, beta in self.beta.items():
-            site = known[name]
-            if not site.beta_foldable or tuple(beta.shape) != (1,):
-                raise ArtifactError(_misfit(site, 'beta', beta))
-            found[site.o] = beta.float().expand(sites.linear(site.o).out_features).clone()
-        return found
+        return factor_rows(self.alpha, self.beta, sites)
 
     def applied(
         self, layers: Mapping[str, QuantizedLayer], sites: PolicySites
@@ -132,6 +116,32 @@ class Calibration:
                         linear.bias.mul_(factors.to(linear.bias))
 
 
+def factor_rows(
+    alpha: Mapping[str, Tensor], beta: Mapping[str, Tensor], sites: PolicySites
+) -> dict[str, Tensor]:
+    """Spread alpha over the rows of q and beta over those of o: linear -> (rows,) float32.
+
+    Raises ArtifactError for an attention that the policy lacks or that takes no factor.
+    """
+    known = {site.name: site for site in sites.attentions}
+    found: dict[str, Tensor] = {}
+    for name in (*alpha, *beta):
+        if name not in known:
+            raise ArtifactError(f'the calibration names attention {name!r}, which the policy does '
+                                'not have; calibrate this model again')
+    for name, factors in alpha.items():
+        site = known[name]
+        if not site.alpha_foldable or tuple(factors.shape) != (site.heads,):
+            raise ArtifactError(_misfit(site, 'alpha', factors))
+        found[site.q] = factors.float().repeat_interleave(site.head_dim)
+    for name, factor in beta.items():
+        site = known[name]
+        if not site.beta_foldable or tuple(factor.shape) != (1,):
+            raise ArtifactError(_misfit(site, 'beta', factor))
+        found[site.o] = factor.float().expand(sites.linear(site.o).out_features).clone()
+    return found
+
+
 def _misfit(site: AttentionSite, what: str, value: Tensor) -> str:
     why = site.reason or f'it has {site.heads} heads'
     return f'{what} of attention {site.name!r} has shape {tuple(value.shape)} and cannot be ' \
@@ -141,9 +151,12 @@ def _misfit(site: AttentionSite, what: str, value: Tensor) -> str:
 # -- writing -------------------------------------------------------------------------------------
 
 
-def write_calibration(folder: Path, calibration: Calibration) -> str:
+def write_calibration(
+    folder: Path, calibration: Calibration, beside: Mapping[str, str] | None = None
+) -> str:
     """Write a calibration and return the hash of its tensors.
 
+    beside: name -> text of further files for its folder, such as a report.
     The same calibration gives the same bytes; an interruption leaves nothing half-written, and
     one of the same name is replaced at once. Raises OSError where the disk does not take it.
     """
@@ -171,6 +184,8 @@ def write_calibration(folder: Path, calibration: Calibration) -> str:
         document['seal'] = _seal(document)
         text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
         (scratch / DOCUMENT).write_text(text + '\n')
+        for name, other in (beside or {}).items():
+            (scratch / name).write_text(other)
     return sha256
 
 

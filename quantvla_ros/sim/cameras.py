@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from quantvla_ros.action import NS_PER_S
+from quantvla_ros.sim.lighting import DAY, Lighting
 from quantvla_ros.sim.rendering import SceneRenderer, mujoco
 from quantvla_ros.sim.world import CAMERAS, World
 
@@ -36,6 +38,7 @@ class Snapshot:
     model: mujoco.MjModel
     qpos: np.ndarray
     stamp_ns: int
+    lighting: Lighting = DAY
 
 
 Deliver = Callable[[str, np.ndarray, int], None]
@@ -68,10 +71,12 @@ class CameraRig:
             self._model, self._data = snapshot.model, mujoco.MjData(snapshot.model)
         assert self._data is not None
         self._data.qpos[:] = snapshot.qpos
+        self._data.time = snapshot.stamp_ns / NS_PER_S
         mujoco.mj_kinematics(snapshot.model, self._data)
         mujoco.mj_comPos(snapshot.model, self._data)
         mujoco.mj_camlight(snapshot.model, self._data)
-        return {name: self._render(name) for name in names}
+        return {name: snapshot.lighting.sense(self._render(name), name, self._data)
+                for name in names}
 
     def _render(self, name: str) -> np.ndarray:
         view = self.views[name]

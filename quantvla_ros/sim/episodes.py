@@ -93,6 +93,7 @@ class Settings:
 
     execute 0: the contract's. noise_rad: standard deviation of the command noise. slip: force the
     gripper open once, shortly after it has closed. real: robosuite and LIBERO themselves.
+    lighting: as parse_lighting reads it.
     """
 
     policy: str = 'libero_panda'
@@ -106,6 +107,7 @@ class Settings:
     noise_rad: float = 0.0
     slip: bool = False
     real: bool = False
+    lighting: str = 'day'
 
 
 @dataclass

@@ -33,6 +33,7 @@ from quantvla_ros.sim.episodes import (
     cap_of,
     check_contract,
 )
+from quantvla_ros.sim.lighting import DAY, parse_lighting
 from quantvla_ros.sim.players import Player, play_in_processes, play_on_ray
 from quantvla_ros.sim.scenes import MAX_TEXTURE, SUITES, Scene, check_task, load_scene, pack
 
@@ -67,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='play in robosuite and LIBERO themselves, with the original textures')
     add('--max-texture', type=int, default=MAX_TEXTURE, metavar='PX',
         help='scale textures down to this, as the shipped policy was trained; 0: originals')
+    add('--lighting', default='day', metavar='WORDS',
+        help='day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6')
     add('--device', default='cpu', help='where the policy computes: cpu or cuda')
     add('--batch', type=int, default=0, metavar='N',
         help='compute in one process, in batches of N; default: 1 on a CPU, the number of '
@@ -117,7 +120,10 @@ def settings_of(args: argparse.Namespace) -> Settings:
         noise_rad=parse_perturbation(args.perturb),
         slip=args.recovery,
         real=args.real,
+        lighting=args.lighting,
     )
+    if parse_lighting(args.lighting) != DAY and args.real:
+        raise ValueError('--lighting changes our own world; leave out --real')
     check_contract(load_contract(settings.contract), settings)
     if args.ray and settings.batch > 1:
         raise ValueError('--ray players compute their own chunks; leave out --batch')

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantvla_ros.nodes.parameters import LIVE, START, Parameter, check
+from quantvla_ros.sim.lighting import parse_lighting
 from quantvla_ros.sim.scenes import MAX_TEXTURE, SUITES, check_task
 
 SIM_NODE: tuple[Parameter, ...] = (
@@ -22,6 +23,9 @@ SIM_NODE: tuple[Parameter, ...] = (
               'Official start state, or -1 for a random one; takes effect at ~/reset.', -1, 49),
     Parameter('seed', 0, '', LIVE,
               'Seed of a random start; takes effect at ~/reset.', 0, 2**31 - 1),
+    Parameter('lighting', 'day', '', LIVE,
+              'day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6; takes '
+              'effect at ~/reset.'),
     Parameter('mode', 'realtime', '', START,
               'realtime follows the wall clock; lockstep stands still until a command arrives '
               'and moves on by one control period for each.', allowed=('realtime', 'lockstep')),
@@ -57,6 +61,11 @@ SIM_NODE: tuple[Parameter, ...] = (
 def problems(values: dict[str, Any]) -> list[str]:
     """Return everything wrong with a set of values, each as a sentence."""
     found = check(values, SIM_NODE)
+    if not found and 'lighting' in values:
+        try:
+            parse_lighting(values['lighting'])
+        except ValueError as error:
+            found.append(str(error))
     if not found and 'suite' in values and 'task' in values:
         try:
             check_task(values['suite'], values['task'])

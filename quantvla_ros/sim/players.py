@@ -21,6 +21,7 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
 from quantvla_ros.sim.episodes import Act, Episode, Outcome, Settings, Variant, Watch, play
+from quantvla_ros.sim.lighting import parse_lighting
 
 PATIENCE_S = 0.004  # how long a batch waits for more to join
 MAX_DEATHS = 8
@@ -80,7 +81,8 @@ def make_task(settings: Settings, episode: Episode) -> Any:
         return RobosuiteWorld(episode.suite, episode.task)
     from quantvla_ros.sim.world import make_world
 
-    return make_world(episode.suite, episode.task, settings.max_texture)
+    return make_world(episode.suite, episode.task, settings.max_texture,
+                      parse_lighting(settings.lighting))
 
 
 class Queue:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`quantvla frames`: let the policy work in the simulator and keep what it sees, for calibration.
+"""`quantvla frames`: keep what the policy sees, for calibration: in the simulator, or from a bag.
 
-Starts are drawn at random from the regions of the task files; the official states belong to the
-evaluation and are never used here. Writes one frames file.
+In the simulator, starts are drawn at random from the regions of the task files; the official
+states belong to the evaluation and are never used here. Writes one frames file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 
 from quantvla_ros.action import NS_PER_S
+from quantvla_ros.calibration.bags import ReadOptions
+from quantvla_ros.calibration.frames import FrameSettings, frames_of
 from quantvla_ros.calibration.frames_file import write_frames
 from quantvla_ros.contract import Contract, load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
 from quantvla_ros.sim.episodes import CLOSE, OPEN, WORLD_RATE_HZ, observe, seed_of
+from quantvla_ros.sim.lighting import parse_lighting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--policy', default='libero_panda')
     add('--model', default='', help='checkpoint folder; default: the shipped one')
     add('--contract', default='libero_panda')
+    add('--lighting', default='day', metavar='WORDS',
+        help='day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6')
     add('--seed', type=int, default=0, help='of starts and noise')
     add('--threads', type=int, default=0)
+    bag = parser.add_argument_group('from a bag instead')
+    bag.add_argument('--bag', default='', help='rosbag2 directory, .mcap or .db3')
+    bag.add_argument('--count', type=int, default=128, help='frames to choose')
+    bag.add_argument('--namespace', default=None, help='of the robot, where several were recorded')
+    bag.add_argument('--partial', action='store_true', help='use what a damaged bag still holds')
 
 
 def roll_out(
@@ -56,21 +66,40 @@ def roll_out(
     return seen
 
 
+def from_bag(args: argparse.Namespace, contract: Contract) -> list[Observation]:
+    """Return the frames chosen from a bag, and say what was not used. Raises ValueError."""
+    held_out = max(1, args.count // 5)
+    wanted = FrameSettings(
+        args.count - held_out, held_out, args.seed,
+        read=ReadOptions(namespace=args.namespace, partial=args.partial))
+    found = frames_of(args.bag, contract, wanted)
+    print(f'{args.bag}: {found.facts["moments"]} moments over {found.facts["seconds"]:.0f} s')
+    for reason, count in sorted(found.rejected.items()):
+        print(f'  {count} not used: {reason}')
+    for sentence in found.facts['damage']:
+        print(f'  damaged: {sentence}')
+    return sorted((*found.fit, *found.held_out), key=lambda one: one.stamp_ns)
+
+
 def run(args: argparse.Namespace) -> int:
     """Record and write."""
+    if args.bag:
+        write(args.out, from_bag(args, load_contract(args.contract)))
+        return 0
     from quantvla_ros.sim.evaluate import parse_numbers
     from quantvla_ros.sim.starts import StartSampler
     from quantvla_ros.sim.world import make_world
 
     if args.episodes < 1 or args.chunks < 1:
         raise ValueError('--episodes and --chunks must be at least 1')
+    lighting = parse_lighting(args.lighting)
     contract = load_contract(args.contract)
     settings = PolicySettings(model=args.model, threads=args.threads)
     policy = make_policy(args.policy, contract, settings)
     frames: list[Observation] = []
     for suite in args.suite.split(','):
         for task in parse_numbers(args.tasks):
-            world = make_world(suite.strip(), task)
+            world = make_world(suite.strip(), task, lighting=lighting)
             sampler = StartSampler(world)
             for episode in range(args.episodes):
                 key = seed_of('start', args.seed, suite, task, episode)
@@ -78,6 +107,11 @@ def run(args: argparse.Namespace) -> int:
                 frames += roll_out(world, policy, contract, args.chunks, key)
             world.close()
             print(f'{suite}_{task}: {len(frames)} frames', flush=True)
-    write_frames(args.out, frames)
-    print(f'{args.out}: {len(frames)} frames, {args.out.stat().st_size / 1e6:.1f} MB')
+    write(args.out, frames)
     return 0
+
+
+def write(path: Path, frames: list[Observation]) -> None:
+    """Write a frames file and say how large it is."""
+    write_frames(path, frames)
+    print(f'{path}: {len(frames)} frames, {path.stat().st_size / 1e6:.1f} MB')

@@ -11,8 +11,6 @@ import base64
 import html
 import os
 import platform
-import struct
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from quantvla_ros.calibration.png import png_bytes
 from quantvla_ros.sim.episodes import Settings, Variant
 from quantvla_ros.sim.statistics import mcnemar_exact, wilson
 
@@ -229,17 +228,5 @@ def _figure(failure: Mapping[str, Any], png: bytes | None) -> str:
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write (height, width, 3) uint8 without an imaging library."""
-    height, width, _ = image.shape
-    pixels = image.reshape(height, width * 3)
-    raw = np.concatenate([np.zeros((height, 1), np.uint8), pixels], 1).tobytes()
-    chunks = (
-        (b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)),
-        (b'IDAT', zlib.compress(raw, 9)),
-        (b'IEND', b''),
-    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = b'\x89PNG\r\n\x1a\n'
-    for kind, body in chunks:
-        data += struct.pack('>I', len(body)) + kind + body
-        data += struct.pack('>I', zlib.crc32(kind + body))
-    path.write_bytes(data)
+    path.write_bytes(png_bytes(image))

@@ -25,6 +25,7 @@ from quantvla_ros.sim.controllers import (
     Motion,
     violation,
 )
+from quantvla_ros.sim.lighting import parse_lighting
 from quantvla_ros.sim.scenes import MAX_TEXTURE, load_scene
 from quantvla_ros.sim.urdf import ARM_JOINTS, FINGER_JOINTS, JOINTS
 from quantvla_ros.sim.world import GRIPPER_SPEED, OPEN, World
@@ -34,12 +35,13 @@ PHYSICS_HZ = 500
 
 @dataclass(frozen=True)
 class Episode:
-    """Which start of which task."""
+    """Which start of which task, in which light (as parse_lighting reads it)."""
 
     suite: str
     task: int
     init: int
     seed: int = 0
+    lighting: str = ''
 
 
 def check_contract(contract: Contract) -> int:
@@ -102,7 +104,9 @@ class SimRobot:
         if world is None or (world.scene.suite, world.scene.task_id) != (
                 episode.suite, episode.task):
             world = World(load_scene(episode.suite, episode.task, self._max_texture, say))
+        lighting = parse_lighting(episode.lighting)
         with self._lock:
+            world.light(lighting)
             if episode.init < 0:
                 from quantvla_ros.sim.starts import StartSampler
 
@@ -221,7 +225,8 @@ class SimRobot:
         """Return what a camera needs to see this instant."""
         with self._lock:
             assert self.world is not None
-            return Snapshot(self.world.model, self.world.data.qpos.copy(), stamp_ns)
+            return Snapshot(self.world.model, self.world.data.qpos.copy(), stamp_ns,
+                            self.world.lighting)
 
     def success_now(self) -> bool:
         """Whether the goal holds at this instant."""

@@ -300,7 +300,8 @@ class SimNode(Node):
 
     def _start_episode(self) -> None:
         values = read(self, SIM_NODE)
-        episode = Episode(values['suite'], values['task'], values['init'], values['seed'])
+        episode = Episode(values['suite'], values['task'], values['init'], values['seed'],
+                          values['lighting'])
         self.robot.start(episode, self.get_logger().info)
         assert self.robot.world is not None
         check_views(self._views, self.robot.world)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from quantvla_ros.sim.lighting import DAY, Lighting, SceneLights
 from quantvla_ros.sim.predicates import GoalReader
 from quantvla_ros.sim.rendering import SceneRenderer, mujoco, set_render_quality
 from quantvla_ros.sim.scenes import MAX_TEXTURE, Scene, load_scene
@@ -39,10 +40,12 @@ class World:
     model and data are MuJoCo's own and may be read freely. Gripper commands: -1 opens, +1 closes.
     """
 
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: Scene, lighting: Lighting = DAY) -> None:
         self.scene = scene
         self.model = mujoco.MjModel.from_xml_path(str(scene.folder / 'scene.xml'))
         set_render_quality(self.model)
+        self._lights = SceneLights(self.model)
+        self.light(lighting)
         self.data = mujoco.MjData(self.model)
         self.substeps: int = scene.description['substeps']
         self._read_arm()
@@ -230,6 +233,11 @@ class World:
 
     # -- pictures --------------------------------------------------------------------------------
 
+    def light(self, lighting: Lighting) -> None:
+        """Light the scene, and see it, in another way from the next picture on."""
+        self.lighting = lighting
+        self._lights.set(lighting)
+
     def render(self, camera: str, size: int | tuple[int, int] = 128) -> np.ndarray:
         """Return (height, width, 3) uint8 RGB of 'agentview' or 'wrist', upright.
 
@@ -238,7 +246,8 @@ class World:
         width, height = (size, size) if isinstance(size, int) else size
         if (width, height) not in self._renderers:
             self._renderers[width, height] = SceneRenderer(self.model, width, height)
-        return self._renderers[width, height].render(self.data, CAMERAS.get(camera, camera))
+        picture = self._renderers[width, height].render(self.data, CAMERAS.get(camera, camera))
+        return self.lighting.sense(picture, camera, self.data)
 
     def close(self) -> None:
         """Free the GL contexts."""
@@ -247,6 +256,8 @@ class World:
         self._renderers.clear()
 
 
-def make_world(suite: str, task_id: int, max_texture: int = MAX_TEXTURE) -> World:
+def make_world(
+    suite: str, task_id: int, max_texture: int = MAX_TEXTURE, lighting: Lighting = DAY
+) -> World:
     """Return the world of a task, packed first when the cache lacks it."""
-    return World(load_scene(suite, task_id, max_texture))
+    return World(load_scene(suite, task_id, max_texture), lighting)

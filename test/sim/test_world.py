@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 import quantvla_ros
+from quantvla_ros.contract import load_contract
 from quantvla_ros.sim import scenes
+from quantvla_ros.sim.cameras import CameraRig, View
+from quantvla_ros.sim.lighting import DAY, Lighting
 from quantvla_ros.sim.rendering import mujoco
+from quantvla_ros.sim.robot import Episode, SimRobot
 from quantvla_ros.sim.world import CLOSE, MAX_STEP_RAD, OPEN, World
 
 pytestmark = pytest.mark.sim
@@ -184,3 +188,27 @@ def test_a_scene_of_another_format_is_refused(tmp_path, monkeypatch):
 
 def _environment():
     return {**os.environ, 'PYTHONPATH': str(Path(quantvla_ros.__file__).parents[1])}
+
+
+def test_light_changes_pictures_and_day_brings_back_every_bit(world):
+    world.reset_official(0)
+    day = world.render('agentview').copy()
+    world.light(Lighting(light=0.4, warmth=0.8))
+    dark = world.render('agentview').copy()
+    assert dark.mean() < 0.8 * day.mean()
+    red, _, blue = dark.reshape(-1, 3).mean(0) / day.reshape(-1, 3).mean(0)
+    assert red > 1.2 * blue
+    world.light(DAY)
+    np.testing.assert_array_equal(world.render('agentview'), day)
+
+
+def test_the_robot_sees_the_light_of_its_episode(world):
+    robot = SimRobot(load_contract('libero_panda'), 'forward_command')
+    rig = CameraRig([View('agentview', 64, 64)])
+    seen = []
+    for words in ('day', 'night'):
+        robot.start(Episode(SUITE, TASK, 0, lighting=words))
+        seen.append(rig.render(robot.snapshot(10**9), ['agentview'])['agentview'].copy())
+    rig.close()
+    assert seen[1].mean() < 0.6 * seen[0].mean()
+    assert Lighting().noise == 0 and np.abs(np.diff(seen[1].astype(int), axis=1)).mean() > 3

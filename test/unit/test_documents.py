@@ -8,6 +8,7 @@ import pytest
 
 from quantvla_ros.cli import COMMANDS
 from quantvla_ros.graph import arguments_markdown
+from quantvla_ros.nodes.calibrating import CALIBRATION_NODE
 from quantvla_ros.nodes.parameters import POLICY_NODE, markdown
 from quantvla_ros.nodes.recording import RECORD_NODE
 from quantvla_ros.sim.parameters import SIM_NODE
@@ -24,6 +25,7 @@ TABLES = {
     ('README.md', 'arguments'): arguments_markdown(),
     ('README.md', 'record_node'): markdown(RECORD_NODE),
     ('quantvla_ros/sim/README.md', 'sim_node'): markdown(SIM_NODE),
+    ('quantvla_ros/calibration/README.md', 'calibration_node'): markdown(CALIBRATION_NODE),
 }
 
 

@@ -17,12 +17,13 @@ from quantvla_ros.graph import GRAPHS, PROFILES, PROFILES_VARIABLE, RANGE_VARIAB
 from quantvla_ros.processes import command_of, environment_of
 from quantvla_ros.resources import share_path
 
-FILES = {'robot': 'bringup', 'sim': 'sim', 'record': 'record'}
+FILES = {'robot': 'bringup', 'sim': 'sim', 'record': 'record', 'calibrate': 'calibrate'}
 GIVEN = {
     'robot': {'namespace': 'left', 'precision': 'w4a8', 'speed_scale': '0.5', 'record': 'true',
               'use_sim_time': 'true', 'recorder': 'record_node', 'model': '007'},
     'sim': {'suite': 'libero_goal', 'task': '3', 'mode': 'lockstep', 'log_level': 'warn'},
     'record': {'recorder': 'ros2bag', 'bag': 'here', 'namespace': 'left'},
+    'calibrate': {'bag': 'here', 'frames': '64', 'precision': 'w8a8', 'nice': '5'},
 }
 
 
@@ -287,14 +288,18 @@ def test_value_of_another_kind_is_refused_with_what_is_allowed(name, text, allow
 
 
 def test_parameters_of_the_graph_exist_in_the_tables_of_the_nodes():
+    from quantvla_ros.nodes.calibrating import CALIBRATION_NODE
     from quantvla_ros.nodes.parameters import POLICY_NODE
     from quantvla_ros.nodes.recording import RECORD_NODE
     from quantvla_ros.sim.parameters import SIM_NODE
 
-    tables = {'policy_node': POLICY_NODE, 'record_node': RECORD_NODE, 'sim_node': SIM_NODE}
+    tables = {'policy_node': POLICY_NODE, 'record_node': RECORD_NODE, 'sim_node': SIM_NODE,
+              'calibration_node': CALIBRATION_NODE}
     for graph in GRAPHS.values():
-        given = {'record': 'true'} if graph.name != 'record' else {}
-        for process in graph.processes({'recorder': 'record_node', **given}):
+        known = {argument.name for argument in graph.arguments}
+        given = {'record': 'true', 'recorder': 'record_node'}
+        given = {name: value for name, value in given.items() if name in known}
+        for process in graph.processes(given):
             if process.node in tables:
                 known = {parameter.name: parameter for parameter in tables[process.node]}
                 for name, value in process.parameters.items():

@@ -11,7 +11,6 @@ from rosbags.typesys import Stores, get_typestore
 from quantvla_ros.contract import parse_contract
 
 STORE = get_typestore(Stores.ROS2_JAZZY)
-STAGE = StoragePlugin.MCAP, StoragePlugin.SQLITE3
 NS = 10**9
 START_NS = 1_700_000_000 * NS
 WIDTH, HEIGHT = 16, 12
@@ -28,7 +27,6 @@ DATA = {
     'controller': {'kind': 'forward_command', 'topic': 'c', 'joints': ['a']},
 }
 CONTRACT = parse_contract(DATA)
-TYPES = {topic: kind for topic, kind in CONTRACT.topics().items()}
 
 
 @dataclass(frozen=True)
@@ -97,17 +95,23 @@ def script(scene=Scene()):  # noqa: B008 - frozen
                 yield 'wrist/image', at + 3000, picture(phase * 7 + 90, at, scene.size)
 
 
-def write(path, messages, *, storage=StoragePlugin.MCAP, mode=CompressionMode.NONE, version=9,
-          types=None, space=''):
-    """Write (topic, stamp, message) as a rosbag2 directory and return its path."""
-    writer = Writer(path, version=version, storage_plugin=storage)
+def write(path, messages, *, storage=StoragePlugin.MCAP, mode=CompressionMode.NONE, space='',
+          announce=None, pad=0):
+    """Write (topic, stamp, message) as a rosbag2 directory and return its path.
+
+    announce: topic -> type, without a message. pad: bytes behind the pixels of each picture.
+    """
+    writer = Writer(path, version=9, storage_plugin=storage)
     if mode != CompressionMode.NONE:
         writer.set_compression(mode, CompressionFormat.ZSTD)
-    types = types or TYPES
     with writer:
-        made = {}
+        made = {topic: writer.add_connection(f'{space}/{topic}', kind, typestore=STORE)
+                for topic, kind in (announce or {}).items()}
         for topic, stamp, message in messages:
             kind = message.__msgtype__
+            if pad and kind == 'sensor_msgs/msg/Image':
+                noise = np.random.default_rng(stamp).integers(0, 256, pad, np.uint8)
+                message.data = np.concatenate([message.data, noise])
             if topic not in made:
                 made[topic] = writer.add_connection(f'{space}/{topic}', kind, typestore=STORE)
             writer.write(made[topic], stamp, STORE.serialize_cdr(message, kind))

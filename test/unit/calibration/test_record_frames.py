@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """One frame before each chunk, until the task is done; the noise depends on the seed alone."""
 
+import argparse
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import yaml
+from bag_maker import DATA, record
 
+from quantvla_ros.calibration.frames_file import read_frames
 from quantvla_ros.policies.base import HoldPolicy, PolicySettings
-from quantvla_ros.sim.record_frames import roll_out
+from quantvla_ros.sim.record_frames import add_arguments, roll_out, run
 
 
 class CountingWorld:
@@ -51,3 +56,27 @@ def test_recording_ends_with_the_task(contract):
 def test_closing_command_closes_the_hand(contract):
     world, _ = play(contract, 1, 1)
     assert world.gripper in (-1.0, 1.0)
+
+
+def from_bag(tmp_path, *words):
+    (tmp_path / 'contract.yaml').write_text(yaml.safe_dump(DATA))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args(['--contract', str(tmp_path / 'contract.yaml'), '--out',
+                                  str(tmp_path / 'frames.npz'), *words]))
+
+
+def test_frames_of_a_bag_become_a_frames_file_in_order_of_time(tmp_path, capsys):
+    bag = record(tmp_path / 'bag')
+    assert from_bag(tmp_path, '--bag', str(bag), '--count', '20') == 0
+    kept = read_frames(tmp_path / 'frames.npz').observations
+    stamps = [one.stamp_ns for one in kept]
+    assert len(kept) == 20 and stamps == sorted(set(stamps))
+    assert {one.instruction for one in kept} == {'pick', 'place'}
+    assert '100 moments over 10 s' in capsys.readouterr().out
+
+
+def test_bag_with_too_few_frames_is_refused(tmp_path):
+    with pytest.raises(ValueError, match='100 usable frames'):
+        from_bag(tmp_path, '--bag', str(record(tmp_path / 'bag')))
+    assert not (tmp_path / 'frames.npz').exists()
