@@ -30,6 +30,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'doctor': ('quantvla_ros.doctor', 'Tell what this machine has and what is missing.'),
     'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
     'bench ros': ('quantvla_ros.bench.ros', 'Measure frames lost, overhead, jitter and growth.'),
+    'bench swap': ('quantvla_ros.bench.swap', 'Change the precision of a moving arm 200 times.'),
+    'bench drift': ('quantvla_ros.bench.drift', 'Cost of the drift alarm, and what it notices.'),
     'bench policy': ('quantvla_ros.bench.policy', 'Latency and memory of the shipped policy.'),
     'bench calibration': (
         'quantvla_ros.bench.calibration', 'Time a calibration, and a policy node beside one.',

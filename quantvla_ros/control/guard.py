@@ -171,6 +171,11 @@ class Guard:
         return bool(np.abs(self._motion.velocities).max() > 1e-4)
 
     @property
+    def commanded_ns(self) -> int:
+        """Steady time of the last command, by which it was limited; for the control timer."""
+        return self._last_ns
+
+    @property
     def counts(self) -> dict[str, Any]:
         """Figures since construction: published, skipped, stops, ...; clipped and refused apart.
 
@@ -189,11 +194,15 @@ class Guard:
 
     # -- from the inference thread ----------------------------------------------------------
 
-    def admit(self, chunk: ActionChunk) -> str | None:
-        """Return why a chunk is nonsense, None when it may be merged; too many in a row stop."""
-        refusal = refuse_chunk(
+    def judge(self, chunk: ActionChunk) -> tuple[str, str] | None:
+        """Return (kind, sentence) when a chunk is nonsense, None when not; counts nothing."""
+        return refuse_chunk(
             chunk, self._limiter, self._settings, self._clock.now_ns(), self._commanded
         )
+
+    def admit(self, chunk: ActionChunk) -> str | None:
+        """Return why a chunk is nonsense, None when it may be merged; too many in a row stop."""
+        refusal = self.judge(chunk)
         if refusal is None:
             self._refusal, self._in_a_row = None, 0
             return None

@@ -28,6 +28,23 @@ class Norm:
     add: Tensor | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What a recorded call reads: of a linear its input x, of an attention queries x and keys.
+
+    name: as the recorder gave it. Contents are those of the moment before the call runs.
+    """
+
+    name: str
+    x: Tensor
+    norm: Norm | None = None
+    keys: Tensor | None = None
+    heads: int = 0
+    kv_heads: int = 0
+    batch: int = 1
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
 def _matrix(name: str, x: Tensor, columns: int) -> None:
     if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != columns or x.stride(1) != 1:
         raise ValueError(f'{name} is {x.dtype} {tuple(x.shape)} with strides {x.stride()}; '
@@ -56,6 +73,7 @@ class Program:
         self._calls: list[native.Call] = []
         self._steps: list[Callable[[], None]] = []
         self._kept: list[object] = []
+        self._reads: list[Read] = []
         self._array: object = None
 
     def __len__(self) -> int:
@@ -71,6 +89,7 @@ class Program:
         gate: Tensor | None = None,
         residual: Tensor | None = None,
         act_scale: float | None = None,
+        name: str = '',
     ) -> None:
         """Record y = residual + gate * layer(norm(x)); x (rows, K), y and residual (rows, N).
 
@@ -90,7 +109,12 @@ class Program:
         if x.shape[0] != y.shape[0] or (residual is not None and len(residual) != len(y)):
             raise ValueError(f'x has {len(x)} rows and y {len(y)}; expected the same number')
         self._kept += [layer, x, y, norm, gate, residual]
-        self._steps.append(lambda: self._reference(layer, x, y, norm, gate, residual, act_scale))
+        self._reads.append(Read(name, x, norm))
+        # No reference to self: a program that is dropped must be freed at once, not by a
+        # collection of cycles, which would hold up every thread of the interpreter.
+        reference_step = Program._reference
+        self._steps.append(
+            lambda: reference_step(layer, x, y, norm, gate, residual, act_scale))
         if isinstance(layer, NativeLayer):
             self._calls.append(native.Call(
                 kind=0, dtype=0, layer=layer.handle, rows=len(x), x=x.data_ptr(),
@@ -98,8 +122,9 @@ class Program:
                 gate=_at(gate), norm_multiply=_at(norm_is.multiply), norm_add=_at(norm_is.add),
                 norm_eps=norm_is.eps, act_scale=act_scale or 0.0))
 
+    @staticmethod
     def _reference(
-        self, layer: Layer, x: Tensor, y: Tensor, norm: Norm | None, gate: Tensor | None,
+        layer: Layer, x: Tensor, y: Tensor, norm: Norm | None, gate: Tensor | None,
         residual: Tensor | None, act_scale: float | None,
     ) -> None:
         if norm is not None:
@@ -117,6 +142,7 @@ class Program:
         kv_heads: int,
         batch: int = 1,
         rotary: tuple[Tensor, Tensor] | None = None,
+        name: str = '',
     ) -> None:
         """Record y = softmax(q k^T / sqrt(dim)) v with grouped heads.
 
@@ -151,6 +177,7 @@ class Program:
 
         self._steps.append(step)
         self._kept += [q, k, v, y, rotary]
+        self._reads.append(Read(name, q, None, k, heads, kv_heads, batch, rotary))
         self._calls.append(native.Call(
             kind=1, dtype=0, rows=len(q) // batch, x=q.data_ptr(), ldx=q.stride(0),
             y=y.data_ptr(), ldy=y.stride(0), k=k.data_ptr(), v=v.data_ptr(), ldk=k.stride(0),
@@ -166,3 +193,13 @@ class Program:
         if self._array is None:
             self._array = (native.Call * len(self._calls))(*self._calls)
         native.check(self._library.qv_run(self._array, len(self._calls)))
+
+    def look(self, see: Callable[[Read], None]) -> None:
+        """Run call by call and show what each reads just before it runs: slower, same result."""
+        for index, (read, step) in enumerate(zip(self._reads, self._steps, strict=True)):
+            see(read)
+            if self._library is None or len(self._calls) != len(self._steps):
+                step()
+            else:
+                native.check(self._library.qv_run(
+                    (native.Call * 1)(self._calls[index]), 1))

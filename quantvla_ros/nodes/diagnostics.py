@@ -74,10 +74,33 @@ def commands_status(snapshot: Mapping[str, Any]) -> DiagnosticStatus:
 
 def policy_status(snapshot: Mapping[str, Any]) -> DiagnosticStatus:
     """Return the status of the policy: its name and the precision that runs."""
-    keys = ('policy', 'precision', 'instruction', 'lifecycle')
-    loaded = bool(snapshot['policy'])
-    message = f'{snapshot["policy"]} at {snapshot["precision"]}' if loaded else 'not configured'
-    return status(OK, 'policy', message, {key: snapshot[key] for key in keys})
+    keys = ('policy', 'precision', 'calibration', 'instruction', 'lifecycle')
+    values = {key: snapshot[key] for key in keys}
+    if not snapshot['policy']:
+        return status(OK, 'policy', 'not configured', values)
+    swap = snapshot['swap']
+    last = swap['last'] or {}
+    level, message = OK, f'{snapshot["policy"]} at {snapshot["precision"]}'
+    if last.get('result') in ('refused', 'rolled_back'):
+        level = WARN
+        message += f'; {last["wish"]} was {last["result"].replace("_", " ")}: {last["sentence"]}'
+    if snapshot['gate']:
+        level, message = WARN, f'{message}; the gate is overridden: {snapshot["gate"]}'
+    if not snapshot['precision']:
+        level, message = ERROR, f'no policy is loaded; {swap["stage"]} {swap["target"]}'
+    values.update(swap=swap['stage'], requested=swap['requested'])
+    return status(level, 'policy', message, values)
+
+
+def drift_status(snapshot: Mapping[str, Any]) -> DiagnosticStatus:
+    """Return whether the activations are inside their calibrated range."""
+    drift = snapshot['drift']
+    level, message = OK, 'inside the calibrated range'
+    if drift['warning']:
+        level, message = WARN, drift['warning']
+    elif not drift['ranges']:
+        message = 'nothing was calibrated, so nothing is known of the range'
+    return status(level, 'quantization', message, {**drift, 'shadow': snapshot['shadow']})
 
 
 def diagnostics(
@@ -86,7 +109,9 @@ def diagnostics(
     """Return the whole array, without its stamp."""
     statuses = [policy_status(snapshot), *inputs]
     if snapshot['policy']:
-        statuses += [inference_status(snapshot), commands_status(snapshot)]
+        statuses += [
+            inference_status(snapshot), commands_status(snapshot), drift_status(snapshot)
+        ]
     for item in statuses:
         item.name = f'{node}: {item.name}'
         item.hardware_id = hardware

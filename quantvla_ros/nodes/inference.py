@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantvla_ros.action import NS_PER_S, ActionChunk
 from quantvla_ros.builder import ObservationBuilder
@@ -25,7 +25,10 @@ from quantvla_ros.control.guard import Guard
 from quantvla_ros.control.latency import LatencyTracker
 from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
-from quantvla_ros.policies.base import Policy
+from quantvla_ros.nodes.handover import Handover, Kept
+
+if TYPE_CHECKING:
+    from quantvla_ros.nodes.shadow import Shadow
 
 NICENESS = 5
 
@@ -41,11 +44,13 @@ class Job:
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Do the work and keep what came of it."""
+        """Do the work, keep what came of it, and let go of what it was done with."""
+        work, self._work = self._work, lambda: None
         try:
-            self.result = self._work()
+            self.result = work()
         except BaseException as error:  # a border: handed to whoever waits
             self.error = error
+        del work
         self.done.set()
 
     def value(self) -> Any:
@@ -58,9 +63,9 @@ class Job:
 class InferenceThread:
     """Runs jobs one after the other on a thread of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = 'inference') -> None:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name='inference', daemon=True)
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Callable[[], Any]) -> Job:
@@ -91,6 +96,7 @@ class InferenceThread:
             if job is None:
                 return
             job.run()
+            del job  # while it waits for the next one, it must not keep a policy in memory
 
 
 @dataclass(frozen=True)
@@ -115,24 +121,25 @@ class Inference:
     def __init__(
         self,
         thread: InferenceThread,
-        policy: Policy,
+        handover: Handover,
         builder: ObservationBuilder,
         player: ChunkPlayer,
         guard: Guard,
         clock: Clock,
         settings: InferenceSettings,
     ) -> None:
-        self._thread, self._policy, self._builder = thread, policy, builder
+        self._thread, self.handover, self._builder = thread, handover, builder
         self._player, self._guard, self._clock = player, guard, clock
         self.settings = settings
         self.latency = LatencyTracker(warm_up=0, budget_s=settings.execute * settings.step_dt_s)
         self.on_chunk: Callable[[ActionChunk], None] = lambda chunk: None
         self.on_trouble: Callable[[str], None] = lambda text: None
         self.speed_scale: Callable[[], float] = lambda: 1.0
+        self.shadow: Shadow | None = None  # written and read in the inference thread
         self.chunks = 0
         self.refused = 0
         self.spread_s = 0.0
-        self._lead_s = 0.0
+        self._lead_s = self._took_s = 0.0
         self._episode = 0  # a chunk of an episode that is over is thrown away
         self._fresh_start = True
         self._next_ns = 0  # header time at which the next inference is due
@@ -177,51 +184,68 @@ class Inference:
 
     def _infer(self, episode: int) -> None:
         try:
-            chunk = self._compute(episode)
+            made = self._compute(episode)
         except DecodeError as error:
             if episode == self._episode:
                 self._guard.stop(error.kind, str(error))
             return
         except ValueError as error:
-            if episode == self._episode:
-                self._guard.stop('policy_refused', f'the policy refused: {error}')
+            self._failed(episode, 'policy_refused', f'the policy refused: {error}')
             return
         except Exception as error:  # a border: a bug of a policy must not end the thread
             self.on_trouble(f'the policy raised:\n{traceback.format_exc()}')
-            if episode == self._episode:
-                self._guard.stop(
-                    'policy_raised', f'the policy raised {type(error).__name__}: {error}'
-                )
+            self._failed(
+                episode, 'policy_raised', f'the policy raised {type(error).__name__}: {error}'
+            )
             return
         if episode == self._episode:
-            self._take(chunk)
+            self._take(made)
 
-    def _compute(self, episode: int) -> ActionChunk:
+    def _failed(self, episode: int, kind: str, sentence: str) -> None:
+        """Return to the policy before, whose chunk is due at the next tick, or stop the arm."""
+        if not self.handover.back(kind, sentence) and episode == self._episode:
+            self._guard.stop(kind, sentence)
+
+    def _compute(self, episode: int) -> Kept:
+        policy = self.handover.running
+        if policy is None:
+            raise ValueError('no policy is loaded; one is on its way, or set precision again')
         if self._fresh_start:
             self._fresh_start = False
-            self._policy.reset()
+            policy.reset()
         started_ns = time.monotonic_ns()
         observation = self._builder.build()
         self.spread_s = observation.spread_ns() / NS_PER_S
-        context = self._policy.prepare(observation)
-        prefix = None
-        if self.settings.prefix:
-            prefix = self._player.remaining(observation.stamp_ns)
-        chunk = self._policy.denoise(context, self.settings.seed + self.chunks, prefix)
+        prefix, seed = None, self.settings.seed + self.chunks
+        with self.handover.drift.looking(policy):
+            context = policy.prepare(observation)
+            if self.settings.prefix:
+                prefix = self._player.remaining(observation.stamp_ns)
+            chunk = policy.denoise(context, seed, prefix)
+        self._took_s = (time.monotonic_ns() - started_ns) / NS_PER_S
         if episode == self._episode:
-            self.latency.add((time.monotonic_ns() - started_ns) / NS_PER_S)
-        return chunk
+            self.latency.add(self._took_s)
+        return Kept(observation, seed, prefix, chunk)
 
-    def _take(self, chunk: ActionChunk) -> None:
-        """Admit and merge a chunk; a refused one is tried again at once from newer data."""
-        now_ns = self._clock.now_ns()
+    def _take(self, made: Kept) -> None:
+        """Admit and merge a chunk; a refused one is tried again at once from newer data.
+
+        While a new policy proves itself, a refused chunk is its end and no reason to stop.
+        """
+        now_ns, chunk = self._clock.now_ns(), made.chunk
+        assert chunk is not None, 'just computed'
         if self._player.sample(now_ns) is None:
             # The arm stood still since the observation, so the first chunk holds from now on,
             # however long a cold start took; judged by its old stamp it would seem a leap.
             chunk = replace(chunk, stamp_ns=now_ns)
+        refusal = self._guard.judge(chunk) if self.handover.proving else None
+        if refusal is not None and self.handover.back(*refusal):
+            return
         reason = self._guard.admit(chunk)
         if reason is None:
             reason = self._player.merge(chunk, now_ns, prefixed=self.settings.prefix)
+            if reason is not None and self.handover.back('not_merged', reason):
+                return
             if reason is not None:
                 self._guard.refused('not_merged', reason)
         if reason is not None:
@@ -233,4 +257,9 @@ class Inference:
         speed = max(0.05, self.speed_scale())
         executed_s = self.settings.execute * self.settings.step_dt_s / speed
         self._next_ns = chunk.stamp_ns + round((executed_s - self._lead_s) * NS_PER_S)
+        self.handover.kept = made
+        self.handover.good(self._took_s)
         self.on_chunk(chunk)
+        shadow, left_s = self.shadow, (self._next_ns - self._clock.now_ns()) / NS_PER_S
+        if shadow is not None and shadow.wants(left_s):
+            self._thread.submit(lambda: shadow.compare(made))

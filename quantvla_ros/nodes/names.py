@@ -12,6 +12,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 POLICY_NODE = 'policy_node'
 ROBOT_DESCRIPTION = 'robot_description'  # std_msgs/msg/String, latched, subscribed
 CHUNK = '~/chunk'  # trajectory_msgs/msg/JointTrajectory, the planned chunk
+SHADOW = '~/shadow'  # trajectory_msgs/msg/JointTrajectory, a shadow's chunk minus the real one
 STATUS = '~/status'  # std_msgs/msg/String, JSON, latched
 IS_ACTIVE = '~/is_active'  # std_msgs/msg/Bool, latched: true only while commands flow
 DIAGNOSTICS = '/diagnostics'  # diagnostic_msgs/msg/DiagnosticArray

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import rclpy
-from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
-from rcl_interfaces.srv import SetParameters
+from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.executors import SingleThreadedExecutor
 from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
@@ -105,19 +104,20 @@ class Operator:
         """Bring the arm to rest."""
         self._call(SetBool, 'policy_node/enable', SetBool.Request(data=False))
 
+    def set_parameters(self, node: str, **values: bool | int | float | str) -> str:
+        """Set parameters of a node as a whole; return '' or why they were refused."""
+        request = SetParametersAtomically.Request(parameters=[
+            rclpy.Parameter(name.replace('__', '.'), value=value).to_parameter_msg()
+            for name, value in values.items()])
+        reply = self._call(
+            SetParametersAtomically, f'{node}/set_parameters_atomically', request)
+        return '' if reply.result.successful else reply.result.reason
+
     def start_episode(self, suite: str, task: int, init: int, seed: int = 0) -> dict[str, Any]:
         """Reset the simulated robot to a start and return its report. Raises ValueError."""
-        values = {
-            'suite': ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=suite),
-            'task': ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=task),
-            'init': ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=init),
-            'seed': ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=seed),
-        }
-        request = SetParameters.Request(
-            parameters=[Parameter(name=name, value=value) for name, value in values.items()])
-        for result in self._call(SetParameters, 'sim_node/set_parameters', request).results:
-            if not result.successful:
-                raise ValueError(result.reason)
+        reason = self.set_parameters('sim_node', suite=suite, task=task, init=init, seed=seed)
+        if reason:
+            raise ValueError(reason)
         reply = self._call(Trigger, 'sim_node/reset', Trigger.Request())
         if not reply.success:
             raise ValueError(reply.message)

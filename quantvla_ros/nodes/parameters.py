@@ -66,9 +66,11 @@ POLICY_NODE: tuple[Parameter, ...] = (
               "Name of the policy; empty takes the contract's."),
     Parameter('model', '', '', CONFIGURE,
               "Folder of the checkpoint; empty takes the policy's own."),
-    Parameter('precision', 'float', '', CONFIGURE,
-              'Precision: float, or the name of an artifact beside the checkpoint.'),
-    Parameter('calibration', '', '', CONFIGURE,
+    Parameter('precision', 'float', '', LIVE,
+              'Precision: float, or the name of an artifact beside the checkpoint. Once '
+              'configured it reads what runs: a set is a wish, and ~/status tells what becomes '
+              'of it.'),
+    Parameter('calibration', '', '', LIVE,
               "Calibration of the artifact: its name or path, newest for the artifact's newest "
               'one, or empty for none.'),
     Parameter('device', 'cpu', '', CONFIGURE,
@@ -165,6 +167,41 @@ POLICY_NODE: tuple[Parameter, ...] = (
     Parameter('guard.min_tick_s', 0.0005, 's', CONFIGURE,
               'A tick that comes sooner than this after a command publishes nothing.',
               0.00001, 0.005),
+    Parameter('swap.mode', 'beside', '', LIVE,
+              'How precision or calibration changes on a configured node: loaded beside the '
+              'running one; or hold: the arm rests, the running one is freed first, then it goes '
+              'on.', allowed=('beside', 'hold')),
+    Parameter('swap.good_chunks', 3, '', LIVE,
+              'Chunks that a new precision must make before the one before it is freed; until '
+              'then a bad chunk leads back.', 1, 1000),
+    Parameter('swap.max_difference_rad', 0.2, 'rad', LIVE,
+              'How far the answer of a new precision to a kept observation may be from that of '
+              'the running one, turning joints.', 0.0001, 10.0),
+    Parameter('swap.max_difference_m', 0.05, 'm', LIVE,
+              'The same for sliding joints; a gripper that opens or closes is not judged.',
+              0.0001, 10.0),
+    Parameter('swap.reserve_mb', 200, 'MB', LIVE,
+              'Memory that must stay free beside a second policy.', 0, 1000000),
+    Parameter('shadow', '', '', LIVE,
+              'A second precision that answers the same observations without commanding; it reads '
+              'what shadows, empty for none. Differences on ~/shadow and in ~/status.'),
+    Parameter('drift.every', 20, '', CONFIGURE,
+              'Chunks from one look at the activations to the next; 0 never looks.', 0, 100000),
+    Parameter('drift.share', 0.2, '', CONFIGURE,
+              'Share of the layers outside the calibrated range above which /diagnostics warns.',
+              0.0, 1.0),
+    Parameter('drift.margin', 0.1, '', CONFIGURE,
+              'How far beyond the calibrated range still counts as inside, as a share of it.',
+              0.0, 10.0),
+    Parameter('gate.mean_ratio', 1.0, '', LIVE,
+              'Largest mean action error of a precision, as a multiple of what another noise seed '
+              'makes; above it the precision may not be activated.', 0.001, 1000.0),
+    Parameter('gate.worst_ratio', 1.5, '', LIVE,
+              "The same for the worst frame's error.", 0.001, 1000.0),
+    Parameter('gate.needs_evidence', False, '', LIVE,
+              'Refuse a precision whose action error nobody has measured.'),
+    Parameter('gate.override', False, '', LIVE,
+              'Activate a precision that the gate keeps out; ~/status and /diagnostics show it.'),
     Parameter('trajectory.lead_s', 0.02, 's', CONFIGURE,
               'time_from_start of the first point sent to joint_trajectory_controller; at least '
               'one control period.', 0.001, 1.0),

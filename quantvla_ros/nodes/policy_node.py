@@ -15,21 +15,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
-from rcl_interfaces.msg import SetParametersResult
 from std_msgs.msg import Bool, String
 from std_srvs.srv import SetBool, Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import load_contract
+from quantvla_ros.control.difference import Difference
 from quantvla_ros.control.types import State
 from quantvla_ros.nodes import diagnostics, names, parameters
 from quantvla_ros.nodes.commands import make_chunk
 from quantvla_ros.nodes.controller_check import ask_controller, check_controller
 from quantvla_ros.nodes.inputs import JOINTS, camera_key, vector_key
 from quantvla_ros.nodes.lifecycle import ManagedNode, run
+from quantvla_ros.nodes.live import LiveParameters
 from quantvla_ros.nodes.serving import Serving
 from quantvla_ros.nodes.snapshot import snapshot
+from quantvla_ros.nodes.swap import Outcome
 
 WATCH_PERIOD_S = 0.05
 REPORT_PERIOD_S = 1.0
@@ -41,11 +43,12 @@ class PolicyNode(ManagedNode):
     def __init__(self, name: str = names.POLICY_NODE, **options: Any) -> None:
         super().__init__(name, **options)
         parameters.declare(self)
-        self.add_on_set_parameters_callback(self._on_parameters)
         self.serving: Serving | None = None
+        self._live = LiveParameters(self, self._ready)
         self._estop_sentence = ''  # pressed while nothing was configured
         self._description = ''
         self._chunks = self.create_publisher(JointTrajectory, names.CHUNK, 1)
+        self._shadow = self.create_publisher(JointTrajectory, names.SHADOW, 1)
         self._status = self.create_publisher(String, names.STATUS, names.LATCHED)
         self._is_active = self.create_publisher(Bool, names.IS_ACTIVE, names.LATCHED)
         self._diagnostics = self.create_publisher(DiagnosticArray, names.DIAGNOSTICS, 1)
@@ -80,10 +83,11 @@ class PolicyNode(ManagedNode):
         serving.connect(self)
         serving.load_policy(self.wait_until)
         assert serving.inference is not None  # load_policy made it
+        assert serving.exchange is not None and serving.shadowing is not None
         serving.inference.on_chunk = self._on_chunk
-        serving.inference.on_trouble = functools.partial(
-            self.get_logger().warning, throttle_duration_sec=1.0
-        )
+        warn = functools.partial(self.get_logger().warning, throttle_duration_sec=1.0)
+        serving.inference.on_trouble = serving.exchange.on_trouble = warn
+        serving.shadowing.on_trouble, serving.shadowing.told = warn, self._on_shadow
         serving.inputs.on_instruction = self._on_instruction
         if self._estop_sentence:
             serving.guard.estop(self._estop_sentence)
@@ -130,14 +134,6 @@ class PolicyNode(ManagedNode):
 
     # callbacks -----------------------------------------------------------------------------
 
-    def _on_parameters(self, changed: Sequence[Any]) -> SetParametersResult:
-        values = {item.name: item.value for item in changed}
-        loaded = self.state_label != 'unconfigured'
-        problems = parameters.check(values, loaded=loaded)
-        if not problems and self.serving is not None and 'limits.speed_scale' in values:
-            self.serving.limiter.speed_scale = values['limits.speed_scale']
-        return SetParametersResult(successful=not problems, reason='; '.join(problems))
-
     def _on_description(self, message: Any) -> None:
         if message.data == self._description:
             return
@@ -154,18 +150,31 @@ class PolicyNode(ManagedNode):
         """Show a chunk that was taken over; runs in the inference thread."""
         self._chunks.publish(make_chunk(chunk))
 
+    def _on_shadow(self, found: Difference, stamp_ns: int) -> None:
+        """Show how far the shadow's chunk is from the one that commands; inference thread."""
+        serving = self.serving
+        if serving is not None:
+            step_s = serving.contract.action.step_dt_s
+            self._shadow.publish(
+                make_chunk(ActionChunk(found.joint_names, found.steps, stamp_ns, step_s)))
+
     def _on_enable(self, request: Any, response: Any) -> Any:
         if request.data:
             return self._answer(response, 'moving', lambda: self._configured().enable())
-        return self._answer(
-            response, 'stopping',
-            lambda: self._configured().guard.stop('disabled', 'stopped by ~/enable'),
-        )
+        return self._answer(response, 'stopping', self._disable)
+
+    def _disable(self) -> None:
+        serving = self._configured()
+        if serving.exchange is not None:
+            serving.exchange.stay()
+        serving.guard.stop('disabled', 'stopped by ~/enable')
 
     def _on_estop(self, request: Any, response: Any) -> Any:
         self._estop_sentence = 'pressed by ~/estop'
         if self.serving is not None:
             self.serving.guard.estop(self._estop_sentence)
+            if self.serving.exchange is not None:
+                self.serving.exchange.stay()
         return self._answer(response, 'e-stop is latched; ~/reset releases it', lambda: None)
 
     def _on_reset(self, request: Any, response: Any) -> Any:
@@ -199,6 +208,7 @@ class PolicyNode(ManagedNode):
         serving = self._ready()
         if serving is not None:
             self._watch_graph(serving)
+            self._watch_swap(serving)
         now = time.monotonic()
         edge = self._present_edge()
         if edge == self._edge and now < self._report_at:
@@ -226,14 +236,35 @@ class PolicyNode(ManagedNode):
         ):
             serving.guard.stop('controller_absent', serving.no_controller())
 
+    def _watch_swap(self, serving: Serving) -> None:
+        """Carry a swap on, and log what became of it once."""
+        exchange = serving.exchange
+        assert exchange is not None and serving.shadowing is not None, 'serving'
+        exchange.step()
+        serving.shadowing.step()
+        self._live.tell(serving)
+        outcome = exchange.swap.outcome
+        if outcome is not None and outcome is not self._outcome:
+            text = f'{outcome.wish}: {outcome.result.replace("_", " ")}'
+            if outcome.sentence:
+                text += f', {outcome.sentence}; {exchange.swap.running} runs'
+            self.get_logger().info(text)
+        self._outcome = outcome
+
+    _outcome: Outcome | None = None
+
     def _present_edge(self) -> tuple[Any, ...]:
         """What ~/status must tell at once."""
         serving = self._ready()
         if serving is None:
             return (self.state_label, self._estop_sentence)
-        guard = serving.guard
+        guard, exchange = serving.guard, serving.exchange
+        assert exchange is not None and serving.shadowing is not None, 'serving'
+        swap, shadowing = exchange.swap, serving.shadowing
         return (
-            self.state_label, guard.state, guard.cause, guard.latch, serving.builder.instruction
+            self.state_label, guard.state, guard.cause, guard.latch, serving.builder.instruction,
+            swap.running, swap.wish, swap.stage, swap.outcome, exchange.doubt,
+            shadowing.running, shadowing.trouble,
         )
 
     def _report(self, *, changed: bool, periodic: bool) -> None:

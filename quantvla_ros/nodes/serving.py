@@ -26,11 +26,15 @@ from quantvla_ros.control.types import Fault, Setpoint, State
 from quantvla_ros.nodes import settings
 from quantvla_ros.nodes.commands import joint_order
 from quantvla_ros.nodes.control_thread import ControlThread
+from quantvla_ros.nodes.exchange import Admission, Exchange, wish_of
+from quantvla_ros.nodes.handover import Handover
 from quantvla_ros.nodes.inference import Inference, InferenceThread
 from quantvla_ros.nodes.inputs import Inputs
+from quantvla_ros.nodes.shadow import Shadowing
+from quantvla_ros.nodes.swap import Wish
 from quantvla_ros.nodes.wire import CommandPublisher
 from quantvla_ros.observation import Observation
-from quantvla_ros.policies.base import Policy, make_policy
+from quantvla_ros.policies.base import Policy
 
 Wait = Callable[[Callable[[], bool], float], bool]
 LOAD_TIMEOUT_S = 3600.0
@@ -74,10 +78,12 @@ class Serving:
         self.inference_settings = settings.inference_settings(values, contract)
         self._undo: list[Callable[[], Any]] = []  # of what connect has built, newest last
         self.commands: CommandPublisher
+        self.send: Callable[[np.ndarray, np.ndarray], None]  # to the wire; of the control thread
         self.inputs: Inputs
         self.thread: InferenceThread
-        self.policy: Policy | None = None
         self.inference: Inference | None = None
+        self.exchange: Exchange | None = None
+        self.shadowing: Shadowing | None = None
         self.control: ControlThread | None = None
         self._moving = False
         self.faults: list[Fault] = []  # of the last tick, for diagnostics
@@ -91,6 +97,7 @@ class Serving:
         self.commands = CommandPublisher(
             node, self.contract, self.limiter, self.values['trajectory.lead_s']
         )
+        self.send = self.commands.publish
         self._undo.append(self.commands.destroy)
         self.inputs = Inputs(node, self.contract, self.builder)
         self._undo.append(self.inputs.destroy)
@@ -104,23 +111,48 @@ class Serving:
 
     def load_policy(self, wait: Wait) -> None:
         """Make the policy and warm it up in the inference thread; hears a request to stop."""
-        name = self.values['policy'] or self.contract.policy
-        job = self.thread.submit(lambda: self._make_policy(name))
+        name, wish = self.values['policy'] or self.contract.policy, wish_of(self.values)
+        admission = Admission(name, self.contract, self.values)
+        job = self.thread.submit(lambda: self._warmed_up(admission.make(wish)))
         wait(job.done.is_set, LOAD_TIMEOUT_S)
-        self.policy = job.value()
+        policy = job.value()
+        job.result = None
+        running = Wish(wish.precision, getattr(policy, 'calibrated', wish.calibration))
+        exchange = self.exchange = Exchange(
+            self.thread, admission, self.values, running, self.limiter, self.guard)
+        self._undo.append(exchange.close)
+        step_s = self.inference_settings.execute * self.inference_settings.step_dt_s
+        handover = Handover(policy, exchange.swap.report, exchange.beside.free, step_s,
+                            settings.drift_settings(self.values))
         self.inference = Inference(
-            self.thread, self.policy, self.builder, self.player, self.guard, self.clock,
+            self.thread, handover, self.builder, self.player, self.guard, self.clock,
             self.inference_settings,
         )
         self.inference.speed_scale = lambda: self.limiter.speed_scale
+        exchange.resume = self.enable
+        exchange.serve(self.inference, self._observe)
+        self.shadowing = Shadowing(
+            self.thread, self.inference, self.limiter, exchange.reference, time.monotonic)
+        self._undo.append(self.shadowing.close)
+        if self.values['shadow']:
+            shadow = self.values['shadow']
+            self.shadowing.request(shadow, lambda: exchange.make_shadow(shadow))
 
-    def _make_policy(self, name: str) -> Policy:
-        policy = make_policy(name, self.contract, settings.policy_settings(self.values))
+    def _warmed_up(self, policy: Policy) -> Policy:
         observation = self.example()
         for turn in range(self.values['warmup']):
             policy.denoise(policy.prepare(observation), turn)
         policy.reset()
         return policy
+
+    @property
+    def policy(self) -> Policy | None:
+        """The policy that makes the next chunk."""
+        return None if self.inference is None else self.inference.handover.running
+
+    def _observe(self) -> Observation:
+        """Return what is seen now, or an example where nothing is."""
+        return self.example() if self.builder.missing() else self.builder.build()
 
     def example(self) -> Observation:
         """Return an observation of the contract's shapes, for warming up."""
@@ -171,8 +203,14 @@ class Serving:
     def enable(self) -> None:
         """Start moving from the measured pose. Raises ValueError with a sentence."""
         self.refuse_stuck()
-        if self.control is None or self.inference is None:
+        if self.control is None or self.inference is None or self.exchange is None:
             raise ValueError('the node is not active; activate it first')
+        if self.exchange.swap.held:
+            raise ValueError(
+                'no policy is loaded: '
+                + (f'{self.exchange.swap.wish} is on its way' if self.exchange.swap.target
+                   else 'set precision again, or clean up and configure')
+            )
         if self.needs_controller and not self.controller_listens():
             raise ValueError(self.no_controller())
         self.inputs.listen()  # what waits behind this very call must not look late
@@ -253,7 +291,7 @@ class Serving:
         if self.dry_run:
             self._virtual = setpoint.positions
         else:
-            self.commands.publish(setpoint.positions, setpoint.velocities)
+            self.send(setpoint.positions, setpoint.velocities)
 
     def _measured(self) -> np.ndarray | None:
         """Return (joints,) measured positions in the order of action.joints.
@@ -270,6 +308,8 @@ class Serving:
     def halt(self) -> None:
         """Bring the arm to rest within its limits, then stop ticking."""
         gc.unfreeze()
+        if self.exchange is not None:
+            self.exchange.stay()
         if self.control is None:
             return
         self.guard.stop('deactivated', 'the node was deactivated')
@@ -285,11 +325,10 @@ class Serving:
     def end(self) -> bool:
         """Give everything back; False when the inference thread hangs and was left behind."""
         self.halt()
-        self.policy = None
-        self.inference = None
         ended = True
         while self._undo:
             ended = self._undo.pop()() is not False and ended
+        self.inference = self.exchange = self.shadowing = None
         gc.collect()
         return ended
 

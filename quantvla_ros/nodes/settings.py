@@ -12,6 +12,7 @@ from quantvla_ros.control.freshness import InputBounds
 from quantvla_ros.control.guard import GuardSettings
 from quantvla_ros.control.limits import JointLimiter
 from quantvla_ros.control.player import PlayerSettings
+from quantvla_ros.nodes.drift import DriftSettings
 from quantvla_ros.nodes.inference import InferenceSettings
 from quantvla_ros.nodes.inputs import JOINTS, camera_key, vector_key
 from quantvla_ros.policies.base import PolicySettings
@@ -37,6 +38,18 @@ def player_settings(values: Values) -> PlayerSettings:
 def policy_settings(values: Values) -> PolicySettings:
     """Return what a policy is made with."""
     return PolicySettings(**_group(PolicySettings, '', values))
+
+
+def drift_settings(values: Values) -> DriftSettings:
+    """Return drift.*."""
+    return DriftSettings(**_group(DriftSettings, 'drift.', values))
+
+
+def gate_limits(values: Values) -> Any:
+    """Return gate.* as the quant.gate.GateLimits they are; imports torch, so only when asked."""
+    from quantvla_ros.quant.gate import GateLimits
+
+    return GateLimits(**_group(GateLimits, 'gate.', values))
 
 
 def inference_settings(values: Values, contract: Contract) -> InferenceSettings:

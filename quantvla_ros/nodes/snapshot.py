@@ -18,18 +18,23 @@ def snapshot(serving: Serving | None, lifecycle: str, estop: str) -> dict[str, A
     if serving is None:
         return {
             'lifecycle': lifecycle, 'state': 'inactive', 'cause': None, 'estop': estop,
-            'policy': '', 'precision': '', 'instruction': '', 'dry_run': False, 'rivals': 0,
-            'overdue': None, 'inference': {}, 'tick': {}, 'commands': {},
+            'policy': '', 'precision': '', 'calibration': '', 'instruction': '',
+            'dry_run': False, 'rivals': 0, 'overdue': None, 'inference': {}, 'tick': {},
+            'commands': {}, 'swap': {}, 'gate': '', 'shadow': {}, 'drift': {},
         }
-    guard, values = serving.guard, serving.values
+    guard, values, exchange = serving.guard, serving.values, serving.exchange
     latch = guard.latch
+    assert exchange is not None and serving.shadowing is not None, 'only what serves is shown'
+    assert serving.inference is not None
+    running = exchange.swap.running
     return {
         'lifecycle': lifecycle,
         'state': guard.state.value,
         'cause': _cause(guard.cause),
         'estop': latch.sentence if latch is not None else '',
         'policy': values['policy'] or serving.contract.policy,
-        'precision': getattr(serving.policy, 'precision', values['precision']),
+        'precision': running.precision,
+        'calibration': running.calibration,
         'instruction': serving.builder.instruction,
         'dry_run': serving.dry_run,
         'rivals': serving.commands.rivals(),
@@ -37,6 +42,10 @@ def snapshot(serving: Serving | None, lifecycle: str, estop: str) -> dict[str, A
         'inference': _inference(serving),
         'tick': _tick(serving),
         'commands': {**guard.counts, 'rate_hz': serving.contract.controller.rate_hz},
+        'swap': exchange.status(),
+        'gate': exchange.doubt,
+        'shadow': serving.shadowing.status(),
+        'drift': serving.inference.handover.drift.status(),
     }
 
 

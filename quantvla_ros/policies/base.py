@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -101,8 +102,34 @@ POLICIES: dict[str, str] = {
 CALIBRATED = ('libero_panda',)  # policies that take PolicySettings.calibration
 
 
+@dataclass(frozen=True)
+class Prospect:
+    """What can be said of a policy before it is loaded.
+
+    nbytes: about what loading it takes, 0 where nobody knows. artifact: folder of its quantized
+    layers, which the gate judges; None for float.
+    """
+
+    nbytes: int = 0
+    artifact: Path | None = None
+
+
+def look_ahead(name: str, contract: Contract, settings: PolicySettings) -> Prospect:
+    """Look at what make_policy would read, without reading a weight.
+
+    A maker tells it by its own look_ahead(contract, settings). Raises ValueError or
+    FileNotFoundError with a sentence for what can be seen to be missing.
+    """
+    look = getattr(_maker(name, settings), 'look_ahead', None)
+    return Prospect() if look is None else look(contract, settings)
+
+
 def make_policy(name: str, contract: Contract, settings: PolicySettings) -> Policy:
     """Make a policy by name. Raises ValueError that lists the known names."""
+    return _maker(name, settings)(contract, settings)
+
+
+def _maker(name: str, settings: PolicySettings) -> Any:
     if name not in POLICIES:
         raise ValueError(f'policy {name!r} is unknown; known are {", ".join(sorted(POLICIES))}')
     if settings.calibration and name not in CALIBRATED:
@@ -111,4 +138,4 @@ def make_policy(name: str, contract: Contract, settings: PolicySettings) -> Poli
             'set it to empty'
         )
     module, _, maker = POLICIES[name].partition(':')
-    return getattr(importlib.import_module(module), maker)(contract, settings)
+    return getattr(importlib.import_module(module), maker)

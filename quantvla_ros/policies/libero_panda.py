@@ -8,7 +8,8 @@ instruction that does not fit the checkpoint. Touches no topic and no clock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +22,20 @@ from quantvla_ros.contract import Contract
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies import flow
-from quantvla_ros.policies.base import PolicySettings
-from quantvla_ros.policies.libero_checkpoint import Checkpoint, read_checkpoint
+from quantvla_ros.policies.base import PolicySettings, Prospect
+from quantvla_ros.policies.libero_checkpoint import WEIGHTS, Checkpoint, read_checkpoint
+from quantvla_ros.policies.libero_looks import HEAD, Seen, hooked
 from quantvla_ros.policies.libero_program import ChunkProgram, RecordedContext
-from quantvla_ros.policies.libero_quantized import read_quantized
+from quantvla_ros.policies.libero_quantized import find_artifact, read_quantized
 from quantvla_ros.policies.libero_vla import Context, LiberoVlaNet
-from quantvla_ros.quant.calibrated import Calibration
+from quantvla_ros.quant.calibrated import NEWEST, Calibration, find_calibration
 from quantvla_ros.quant.linear import denoising_step
 from quantvla_ros.resources import share_path
 
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16}
+# What loading takes at its peak, as multiples of the bytes on disk: float16 is read and becomes
+# float32; integer layers are read and brought into the order of the kernels.
+FLOAT_LOAD, INTEGER_LOAD = 3, 2
 
 
 class Door:
@@ -161,6 +166,18 @@ class LiberoVla:
         self.calibration, self.calibrated = found.calibration, found.calibrated
 
     @classmethod
+    def look_ahead(cls, contract: Contract, settings: PolicySettings) -> Prospect:
+        """Tell what would be read: see policies.base.look_ahead."""
+        folder = Path(settings.model) if settings.model else share_path('models/libero_panda')
+        if settings.precision in DTYPES:
+            return Prospect(FLOAT_LOAD * (folder / WEIGHTS).stat().st_size)
+        artifact = find_artifact(folder, settings.precision)
+        if settings.calibration not in ('', NEWEST):
+            find_calibration(artifact, settings.calibration)
+        stored = sum(path.stat().st_size for path in artifact.glob('*.safetensors'))
+        return Prospect(INTEGER_LOAD * stored, artifact)
+
+    @classmethod
     def around(
         cls,
         contract: Contract,
@@ -213,6 +230,22 @@ class LiberoVla:
 
     def reset(self) -> None:
         """Hold nothing of an episode, so forget nothing."""
+
+    @contextmanager
+    def watching(self, turn: int) -> Iterator[Seen]:
+        """Look at the chunk that is made inside, of a recorded network at one denoising step."""
+        seen = Seen()
+        if self.program is None:
+            with hooked(self.net, seen):
+                yield seen
+            return
+        self.program.see = (seen.add, turn)
+        try:
+            yield seen
+        finally:
+            self.program.see = None
+            names = (*seen.inputs, *seen.spreads)
+            seen.partial = frozenset(name for name in names if name.startswith(HEAD))
 
     def encode(self, observations: Sequence[Observation]) -> tuple[Context, np.ndarray]:
         """Return the network's context and the measured states, (batch, joints) SI.

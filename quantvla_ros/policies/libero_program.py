@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantvla_ros.kernels import dispatch
-from quantvla_ros.kernels.program import Norm, Program
+from quantvla_ros.kernels.program import Norm, Program, Read
 from quantvla_ros.kernels.weights import PackedWeight, Weight, keep, stack
 from quantvla_ros.policies.flow import flow_times
 from quantvla_ros.policies.libero_vla import HEAD_WIDTH, NORM_EPS, ActionBlock, Block, LiberoVlaNet
@@ -108,6 +108,8 @@ class ChunkProgram:
         self._part_of = part_of
         self.nbytes = 0
         c = net.config
+        self._names = {module: name for name, module in net.named_modules()}
+        self.see: tuple[Callable[[Read], None], int] | None = None  # and the step that is seen
         self._layers: dict[tuple[nn.Module, ...], list[dispatch.Layer]] = {}
         self.patches = torch.empty(c.views * c.patches, c.vision_width)
         self.tokens = torch.empty(c.tokens, c.width)
@@ -155,8 +157,13 @@ class ChunkProgram:
         column = 0
         for layer in self._layer(linears):
             end = column + layer.n
-            program.linear(layer, x, y[:, column:end], norm=norm, gate=gate, residual=residual)
+            program.linear(layer, x, y[:, column:end], norm=norm, gate=gate, residual=residual,
+                           name=self._name(*linears))
             column = end
+
+    def _name(self, *modules: nn.Module) -> str:
+        """Name what a call reads for: see Program.look."""
+        return '|'.join(self._names[module] for module in modules)
 
     def _gated(
         self, program: Program, mlp: nn.Module, x: Tensor, norm: Norm, gate: Tensor | None
@@ -164,7 +171,7 @@ class ChunkProgram:
         first, up = cast(nn.Module, mlp.gate_proj), cast(nn.Module, mlp.up_proj)
         hidden = torch.empty(len(x), cast(int, first.out_features))
         layer = self._layer([first], 'silu', up)[0]
-        program.linear(layer, x, hidden, norm=norm)
+        program.linear(layer, x, hidden, norm=norm, name=self._name(first, up))
         self._put(program, [cast(nn.Module, mlp.down_proj)], hidden, x, gate=gate, residual=x)
 
     def _block(self, program: Program, block: Block, x: Tensor, batch: int) -> None:
@@ -184,7 +191,8 @@ class ChunkProgram:
             return
         fc1 = cast(nn.Module, block.mlp.fc1)
         hidden = torch.empty(len(x), cast(int, fc1.out_features))
-        program.linear(self._layer([fc1], 'gelu_tanh')[0], x, hidden, norm=norm)
+        program.linear(self._layer([fc1], 'gelu_tanh')[0], x, hidden, norm=norm,
+                       name=self._name(fc1))
         self._put(program, [cast(nn.Module, block.mlp.fc2)], hidden, x, residual=x)
 
     def _record_prefix(self) -> Program:
@@ -230,11 +238,12 @@ class ChunkProgram:
         q, k, v = qkv.split([width, pair, pair], 1)
         self._put(program, [attn.q_proj, attn.k_proj, attn.v_proj], h, qkv, Norm(eps, m[1], m[0]))
         program.attention(q, k, v, out, heads=attn.heads, kv_heads=attn.kv_heads,
-                          rotary=_rotary(attn.table))
+                          rotary=_rotary(attn.table), name=self._name(attn))
         self._put(program, [attn.o_proj], out, h, gate=m[2], residual=h)
         k, v = self.keys_values[:, 2 * pair * index : 2 * pair * (index + 1)].split(pair, 1)
         self._put(program, [cross.q_proj], h, q, Norm(eps, m[4], m[3]))
-        program.attention(q, k, v, out, heads=cross.heads, kv_heads=cross.kv_heads)
+        program.attention(q, k, v, out, heads=cross.heads, kv_heads=cross.kv_heads,
+                          name=self._name(cross))
         self._put(program, [cross.o_proj], out, h, gate=m[5], residual=h)
         self._gated(program, block.mlp, h, Norm(eps, m[7], m[6]), m[8])
 
@@ -254,7 +263,10 @@ class ChunkProgram:
         self.tokens[count:-1] = backbone.word(words[0])
         self.tokens[-1] = backbone.state(state)[0]
         torch.add(action.state(state), action.position[0], out=self.start)
-        self._prefix.run()
+        if self.see is None:
+            self._prefix.run()
+        else:
+            self._prefix.look(self.see[0])
         self._loaded = RecordedContext(self.keys_values.clone(), self.start.clone())
         return self._loaded
 
@@ -266,7 +278,10 @@ class ChunkProgram:
             self.start.copy_(context.start)
             self._loaded = context
         self.chunk.copy_(x[0])
-        self._steps[step].run()
+        if self.see is not None and step == self.see[1] % self.steps:
+            self._steps[step].look(self.see[0])
+        else:
+            self._steps[step].run()
         return self.speed[None].clone()
 
 

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import rclpy
+from rcl_interfaces.srv import SetParametersAtomically
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import Bool, Float64MultiArray, String
 from std_srvs.srv import SetBool, Trigger
@@ -134,6 +136,20 @@ class Robot:
         future.add_done_callback(lambda _: done.set())
         assert done.wait(PATIENCE_S), f'no answer from {name}'
         return future.result()
+
+    def set_parameters(self, **values):
+        """Set parameters of the policy node as a whole; '__' in a name stands for a dot."""
+        client = self.node.create_client(
+            SetParametersAtomically, 'policy_node/set_parameters_atomically')
+        assert client.wait_for_service(PATIENCE_S)
+        request = SetParametersAtomically.Request(parameters=[
+            Parameter(name.replace('__', '.'), value=value).to_parameter_msg()
+            for name, value in values.items()])
+        future, done = client.call_async(request), threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        assert done.wait(PATIENCE_S), 'no answer to a set of parameters'
+        self.node.destroy_client(client)
+        return future.result().result
 
     def _keep(self, where, what):
         with self.changed:

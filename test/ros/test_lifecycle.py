@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from conftest import Served
 from fault_policies import SweepPolicy
-from rcl_interfaces.srv import SetParametersAtomically
-from rclpy.parameter import Parameter
 from robot import PATIENCE_S, URDF
 from std_msgs.msg import Float64MultiArray, String
 
@@ -196,16 +194,7 @@ def test_autostart_waits_for_a_robot_that_comes_late(robot, serve):
 
 
 def set_parameters(robot, **values):
-    client = robot.node.create_client(
-        SetParametersAtomically, 'policy_node/set_parameters_atomically')
-    assert client.wait_for_service(PATIENCE_S)
-    request = SetParametersAtomically.Request(parameters=[
-        Parameter(name.replace('__', '.'), value=value).to_parameter_msg()
-        for name, value in values.items()])
-    future, done = client.call_async(request), threading.Event()
-    future.add_done_callback(lambda _: done.set())
-    assert done.wait(PATIENCE_S)
-    return future.result().result
+    return robot.set_parameters(**values)
 
 
 def test_speed_scale_changes_at_once_and_the_rest_only_before_configure(robot, serve):
@@ -291,7 +280,8 @@ def test_diagnostics_tell_rates_latencies_and_the_cause(robot, serve):
             kv.key == 'count' and int(kv.value) > 2 for kv in found['inference'].values)
 
     robot.wait(complete, 'inference figures on /diagnostics')
-    assert set(found) == {'policy', 'camera front', 'joint_states', 'inference', 'commands'}
+    assert set(found) == {
+        'policy', 'camera front', 'joint_states', 'inference', 'commands', 'quantization'}
     assert {'p50_ms', 'p95_ms', 'p99_ms', 'overruns'} <= {
         kv.key for kv in found['inference'].values}
     assert found['camera front'].hardware_id == 'two_joints'

@@ -11,6 +11,7 @@ from quantvla_ros.action import NS_PER_S, ActionChunk
 from quantvla_ros.control.clock import ManualClock
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.nodes.control_thread import ControlThread
+from quantvla_ros.nodes.handover import Handover
 from quantvla_ros.nodes.inference import Inference, InferenceSettings, InferenceThread
 from quantvla_ros.nodes.signals import StopRequest
 
@@ -82,7 +83,8 @@ def script():
 
 def make(thread, script, **changes):
     settings = InferenceSettings(execute=8, step_dt_s=0.05, margin_s=0.1, seed=7, **changes)
-    return Inference(thread, script, script, script, script, script.clock, settings)
+    return Inference(
+        thread, Handover(script), script, script, script, script.clock, settings)
 
 
 def settle(thread):
