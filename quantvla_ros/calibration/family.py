@@ -142,8 +142,9 @@ class _Calibrated:
             writer.add(name, layer)
         rows = self.contract.action.execute
         return {
-            'action_error_milli': round(_apart(self._chunks(OTHER_NOISE), reference, rows), 6),
-            'other_seed_milli': round(_apart(floor, reference, rows), 6),
+            **_figures('action_error', self._chunks(OTHER_NOISE), reference, rows),
+            **_figures('other_seed', floor, reference, rows),
+            'judged_frames': len(self.held),
         }
 
     def _run(self, observation: Observation, index: int) -> None:
@@ -178,9 +179,14 @@ class _Calibrated:
         return run
 
 
-def _apart(found: np.ndarray, reference: np.ndarray, rows: int) -> float:
-    """Mean difference of the executed steps, thousandths of rad or m."""
-    return float(1e3 * np.abs(found[:, :rows] - reference[:, :rows]).mean())
+def _figures(
+    what: str, found: np.ndarray, reference: np.ndarray, rows: int
+) -> dict[str, float]:
+    """How far the executed steps lie apart, mrad (a joint that slides: mm)."""
+    off = 1e3 * np.abs(found[:, :rows] - reference[:, :rows])
+    figures = {'mrad': off.mean(), 'p95_mrad': np.quantile(off, 0.95),
+               'worst_mrad': off.mean((1, 2)).max()}
+    return {f'{what}_{name}': round(float(value), 6) for name, value in figures.items()}
 
 
 def report(job: FamilyJob, made: Made, began: float) -> str:
@@ -189,8 +195,8 @@ def report(job: FamilyJob, made: Made, began: float) -> str:
              f'{made.nbytes / 1e6:.2f} MB, sha256 {made.sha256[:16]}']
     if made.measured:
         lines.append(
-            f'action error on held-out frames: {made.measured["action_error_milli"]:.2f} mrad; '
-            f'another noise seed: {made.measured["other_seed_milli"]:.2f} mrad')
+            f'action error on held-out frames: {made.measured["action_error_mrad"]:.2f} mrad; '
+            f'another noise seed: {made.measured["other_seed_mrad"]:.2f} mrad')
     lines.append(f'peak memory of the whole process {peak_bytes() / GIB:.2f} GiB; '
                  f'{time.monotonic() - began:.0f} s')
     return '\n'.join(lines)

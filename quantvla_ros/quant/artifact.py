@@ -13,11 +13,13 @@ ArtifactWriter and ArtifactReader hold one layer at a time.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,16 +127,14 @@ def _describe(layer: QuantizedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]
 class ArtifactWriter:
     """An artifact that is written layer by layer; it appears when it is finished, or never.
 
-    Use as a context: leaving it unfinished leaves nothing. The same layers and provenance give
-    the same bytes, in whatever order they were added.
+    Use as a context. Until then its layers lie in a file without a name, which goes with the
+    process. The same layers and provenance give the same bytes, in whatever order they came.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._scratch = folder.with_name(f'.{folder.name}.{os.getpid()}')
-        _sweep(folder)
-        self._scratch.mkdir(parents=True)
-        self._spool = Spool(self._scratch / 'spool')
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self._spool = Spool(folder.parent)
         self._about: dict[str, Any] = {}
         self.nbytes = 0
 
@@ -143,7 +143,6 @@ class ArtifactWriter:
 
     def __exit__(self, *_: object) -> None:
         self._spool.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def add(self, name: str, layer: QuantizedLayer) -> None:
         """Write one layer; nothing of it is held afterwards."""
@@ -159,21 +158,18 @@ class ArtifactWriter:
 
     def finish(self, provenance: Provenance) -> str:
         """Put the artifact in its place, at once, and return its hash."""
-        path = self._scratch / TENSOR_NAME
-        write_tensors(path, self._spool.described, self._spool.read)
-        self._spool.close()
-        (self._scratch / 'spool').unlink()
-        sha256 = sha256_of(path)
-        document = {
-            'format': FORMAT,
-            'layout': LAYOUT,
-            'sha256': sha256,
-            'provenance': asdict(provenance),
-            'layers': self._about,
-        }
-        text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
-        (self._scratch / JSON_NAME).write_text(text + '\n')
-        _swap(self._scratch, self.folder)
+        with whole_folder(self.folder) as scratch:
+            write_tensors(scratch / TENSOR_NAME, self._spool.described, self._spool.read)
+            sha256 = sha256_of(scratch / TENSOR_NAME)
+            document = {
+                'format': FORMAT,
+                'layout': LAYOUT,
+                'sha256': sha256,
+                'provenance': asdict(provenance),
+                'layers': self._about,
+            }
+            text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
+            (scratch / JSON_NAME).write_text(text + '\n')
         return sha256
 
 
@@ -190,12 +186,37 @@ def write_artifact(
         return writer.finish(provenance)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed writers of this artifact left behind."""
-    for path in folder.parent.glob(f'.{folder.name}.*'):
-        pid = path.name.rpartition('.')[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not Path(f'/proc/{pid}').exists()):
-            shutil.rmtree(path, ignore_errors=True)
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a scratch folder that takes the place of `folder` at the end of the block, or never.
+
+    What a killed process left behind is cleared away first, and put back where it was the only
+    copy; an exception leaves `folder` alone.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
+    scratch = folder.with_name(f'.{folder.name}.{os.getpid()}')
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        _swap(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove scratch folders of processes that are gone; one killed inside _swap is undone."""
+    for kind in ('.old', ''):
+        prefix = f'.{folder.name}{kind}.'
+        for path in folder.parent.glob(glob.escape(prefix) + '*'):
+            pid = path.name.removeprefix(prefix)
+            if not pid.isdigit() or Path(f'/proc/{pid}').exists():
+                continue
+            if kind and not folder.exists():
+                path.rename(folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _swap(scratch: Path, folder: Path) -> None:

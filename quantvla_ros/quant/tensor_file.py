@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,10 +159,10 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 class Spool:
-    """A scratch file of tensors whose number is not known yet; read back in any order."""
+    """Tensors whose number is not known yet, in a file without a name; read in any order."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open('w+b')
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by close)
         self._entries: dict[str, Entry] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
