@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantvla_ros.bench.parity_case import CASES, relative_error
-from quantvla_ros.doctor_model import describe_model
 from quantvla_ros.policies.checkpoints import CheckpointError, DictSource, Stored, pickle_source
 from quantvla_ros.policies.folders import identify
 from quantvla_ros.policies.groot_folder import groot_network
@@ -165,14 +164,3 @@ def test_only_the_used_embodiment_is_held(folders):
         chunks.append(model.state_encoder.fc1.weight)
         assert sum(p.numel() for p in model.parameters()) < whole / 2
     assert not torch.equal(*chunks)
-
-
-def test_the_doctor_describes_a_whole_and_a_spoilt_folder(folders, copy):
-    assert 'complete: every tensor is there, in its shape' in describe_model(
-        folders('groot_n15_lerobot'), CASES['groot_n15_lerobot'].contract())
-    folder = copy('pi05_lerobot')
-    rewrite(folder, lambda t: t.pop('model.action_out_proj.bias'))
-    assert any('incomplete' in line and 'action_out.bias' in line
-               for line in describe_model(folder))
-    assert any(line.startswith('contract: policy is') for line in describe_model(
-        folder, CASES['smolvla_lerobot'].contract()))
