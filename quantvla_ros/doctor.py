@@ -201,6 +201,5 @@ def model_findings(folder: str, contract: str) -> Iterator[Finding]:
         agreed = load_contract(contract)
     except (ValueError, FileNotFoundError):
         agreed = None  # the contract's own line tells
-    for number, line in enumerate(describe_model(path, agreed)):
-        bad = number == 0 and line.startswith('not a model')
-        yield Finding(BAD if bad else OK, 'model', line)
+    for level, line in describe_model(path, agreed):
+        yield Finding(level, 'model', line)

@@ -129,13 +129,19 @@ def make_policy(name: str, contract: Contract, settings: PolicySettings) -> Poli
     return _maker(name, settings)(contract, settings)
 
 
-def _maker(name: str, settings: PolicySettings) -> Any:
+def policy_class(name: str) -> Any:
+    """Return the maker of a policy by name. Raises ValueError that lists the known names."""
     if name not in POLICIES:
         raise ValueError(f'policy {name!r} is unknown; known are {", ".join(sorted(POLICIES))}')
+    module, _, maker = POLICIES[name].partition(':')
+    return getattr(importlib.import_module(module), maker)
+
+
+def _maker(name: str, settings: PolicySettings) -> Any:
+    maker = policy_class(name)
     if settings.calibration and name not in CALIBRATED:
         raise ValueError(
             f'policy {name!r} takes no calibration, and calibration is {settings.calibration!r}; '
             'set it to empty'
         )
-    module, _, maker = POLICIES[name].partition(':')
-    return getattr(importlib.import_module(module), maker)
+    return maker

@@ -114,21 +114,22 @@ def published_counts(family: str, sites: PolicySites) -> list[Count]:
 class Plan:
     """Weight bits by group; 16 is bfloat16. columns: inputs that share a scale, 0 for a row.
 
-    embedding: bits of the table of words (8: int8 with a scale per word).
+    words_on_disk: whether the table of words is read row by row, as our policies do.
     """
 
     name: str
     bits: Mapping[str, int]
     columns: int = 0
-    embedding: int = 16
+    words_on_disk: bool = True
 
 
-def plan(name: str, weights: int, embedding: int = 8) -> Plan:
+def plan(name: str, weights: int) -> Plan:
     """One width for everything that can be quantized: vision to action; heads stay float."""
     groups = ('vision', 'projector', *TARGETS)
-    return Plan(name, dict.fromkeys(groups, weights), 0, embedding)
+    return Plan(name, dict.fromkeys(groups, weights))
 
 
+PUBLISHED = Plan('as published', {}, words_on_disk=False)
 PLANS: Mapping[str, Plan] = {
     'float': Plan('float', {}),
     'w8a8': plan('w8a8', 8),
@@ -137,7 +138,7 @@ PLANS: Mapping[str, Plan] = {
     'quantvla': Plan('quantvla', dict.fromkeys((*BACKBONE, 'action_mlp'), 4)),
     'omega': Plan('omega', dict.fromkeys(TARGETS, 4), 128),
     'w4a8-vision8': Plan(
-        'w4a8-vision8', {**dict.fromkeys(TARGETS, 4), 'vision': 8, 'projector': 8}, 128, 8
+        'w4a8-vision8', {**dict.fromkeys(TARGETS, 4), 'vision': 8, 'projector': 8}, 128
     ),
 }
 
@@ -172,15 +173,19 @@ def held(sites: PolicySites, extras: Extras, plan_: Plan) -> dict[str, int]:
     for site in sites.linears:
         size = layer_bytes(site, plan_.bits.get(site.group, 16), plan_.columns)
         parts[site.group] = parts.get(site.group, 0) + size
+    return {**parts, **others_bytes(extras, words_on_disk=plan_.words_on_disk)}
+
+
+def others_bytes(extras: Extras, *, words_on_disk: bool = True) -> dict[str, int]:
+    """Bytes by part of everything beside the linears."""
     rows, width = extras.embedding
-    per_row = width + SCALE_BYTES if plan_.embedding == 8 else FLOAT_BYTES * width
-    parts['embedding'] = rows * per_row
-    parts['norms, patches, positions'] = FLOAT_BYTES * extras.others
-    if extras.tables:
-        parts['tables of fixed times'] = FLOAT_BYTES * extras.tables
-    if extras.cache:
-        parts['keys and values of a chunk'] = FLOAT_BYTES * extras.cache
-    return parts
+    parts = {
+        'table of words': 0 if words_on_disk else FLOAT_BYTES * rows * width,
+        'norms, patches, positions': FLOAT_BYTES * extras.others,
+        'tables of fixed times': FLOAT_BYTES * extras.tables,
+        'keys and values of a chunk': FLOAT_BYTES * extras.cache,
+    }
+    return {name: size for name, size in parts.items() if size}
 
 
 def find_plan(name: str) -> Plan:
