@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the kernels on the CPU, slowly and exactly, under Triton's interpreter.
+
+TRITON_INTERPRET=1 must stand in the environment before Triton is imported; `enter` says so.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from quantvla_ros.kernels.cuda.language import MISSING
+
+VARIABLE = 'TRITON_INTERPRET'
+
+
+def active() -> bool:
+    """Whether this process interprets kernels."""
+    return os.environ.get(VARIABLE) == '1'
+
+
+def enter() -> None:
+    """Make the interpreter ready. Raises ValueError with a sentence when it cannot run."""
+    if MISSING:
+        raise ValueError(MISSING)
+    if not active():
+        raise ValueError(f'set {VARIABLE}=1 before Python starts')
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+    if getattr(patch, 'mended', False):
+        return
+
+    def mended(tensor: Any, *rest: Any) -> None:
+        """The bounds of a loop are arrays of one element, which numpy 2.4 turns into no int."""
+        patch(tensor, *rest)
+        rest[0].set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
+
+    mended.mended = True  # type: ignore[attr-defined]
+    interpreter._patch_lang_tensor = mended
