@@ -25,7 +25,7 @@ from quantvla_ros.control.guard import Guard
 from quantvla_ros.control.latency import LatencyTracker
 from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
-from quantvla_ros.policies.base import Policy
+from quantvla_ros.policies.base import DeviceError, Policy
 
 NICENESS = 5
 
@@ -185,6 +185,11 @@ class Inference:
         except ValueError as error:
             if episode == self._episode:
                 self._guard.stop('policy_refused', f'the policy refused: {error}')
+            return
+        except DeviceError as error:
+            self.on_trouble(str(error))
+            if episode == self._episode:
+                self._guard.stop('device_failed', str(error))
             return
         except Exception as error:  # a border: a bug of a policy must not end the thread
             self.on_trouble(f'the policy raised:\n{traceback.format_exc()}')

@@ -18,6 +18,10 @@ from quantvla_ros.contract import Contract
 from quantvla_ros.observation import Observation
 
 
+class DeviceError(RuntimeError):
+    """The accelerator failed; no later call on it can succeed in this process."""
+
+
 @dataclass(frozen=True)
 class PolicySettings:
     """What a policy is made with; a policy ignores what does not concern it.

@@ -254,7 +254,8 @@ def choose_split(rows: int, keys: int, heads: int, width: int, chip: Chip) -> Sp
     """Rows of one key-value head, keys, key-value heads (all batches), head width."""
     wide = width > 128
     if rows > 1024:  # a prefix: enough tiles without splitting
-        return Split(128, 32 if wide else 64, 1, 8, 2)
+        # before Hopper the sums stand in registers twice as long, and 128 rows would spill
+        return Split(128 if chip.hopper else 64, 32 if wide else 64, 1, 8, 2)
     bq = 16 if rows <= 16 else 32 if rows <= 32 else 64
     tiles = -(-rows // bq) * heads
     parts = 1

@@ -68,6 +68,11 @@ class Chip:
     processors: int
 
     @property
+    def hopper(self) -> bool:
+        """Whether its matrix units read shared memory by themselves, and sums are 64 rows wide."""
+        return self.name == 'sm_90'
+
+    @property
     def shared(self) -> int:
         """Shared memory of one program, bytes."""
         return SHARED.get(self.name, SMALLEST)
