@@ -8,34 +8,22 @@ small files only; a folder that refuses to load is described by the sentence of 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from quantvla_ros.contract import Contract
 from quantvla_ros.policies.agreement import read_agreement
-from quantvla_ros.policies.checkpoints import CheckpointError, shapes_of
+from quantvla_ros.policies.checkpoints import CheckpointError
 from quantvla_ros.policies.folders import Folder, identify
 from quantvla_ros.policies.full_size import extras
-from quantvla_ros.policies.groot_folder import groot_network
-from quantvla_ros.policies.openvla_folder import is_oft, openvla_network
-from quantvla_ros.policies.pi_folder import pi_network
+from quantvla_ros.policies.networks import network
+from quantvla_ros.policies.openvla_folder import is_oft
 from quantvla_ros.policies.sites import policy_sites
-from quantvla_ros.policies.smolvla_folder import smolvla_network
 from quantvla_ros.policies.tokenizers import load_tokenizer
 from quantvla_ros.quant.memory import GIB, PLANS, held
 
 SHOWN_PLANS = ('float', 'w8a8', 'w4a8', 'w4a4')
-NETWORKS: dict[str, Callable[[Folder], Any]] = {
-    'pi05': lambda folder: pi_network(folder, 1),
-    'pi0': lambda folder: pi_network(folder, 1),
-    'groot_n15': lambda folder: groot_network(folder, 1, 0),
-    'smolvla': smolvla_network,
-    'openvla': lambda folder: openvla_network(folder, 1, 1),
-}
-
 
 def describe_model(folder: str | Path, contract: Contract | None = None) -> list[str]:
     """Describe a model folder in lines for people; never raises for what a user can mend."""
@@ -55,12 +43,9 @@ def describe_model(folder: str | Path, contract: Contract | None = None) -> list
 def _complete(found: Folder) -> list[str]:
     """Check every key and shape, and count memory, without reading a tensor."""
     try:
-        model, fill = NETWORKS[found.family](found)
-        missing = _check(model, fill)
+        model = network(found).model
     except CheckpointError as error:
         return [f'incomplete: {error}']
-    if missing:
-        return [f'incomplete: {missing}']
     sites = policy_sites(model)
     rest = extras(found.family, model, sites)
     sizes = ', '.join(
@@ -68,15 +53,6 @@ def _complete(found: Folder) -> list[str]:
         for name in SHOWN_PLANS
     )
     return ['complete: every tensor is there, in its shape', f'would take {sizes}']
-
-
-def _check(model: Any, fill: Callable[..., None]) -> str:
-    """Ask for a part that no model has: all keys are checked and nothing is read."""
-    try:
-        fill(only='nothing.')
-    except CheckpointError as error:
-        return str(error)
-    return '' if shapes_of(model) else 'the network is empty'
 
 
 def _tokenizer(found: Folder, family: str, contract: Contract | None) -> list[str]:

@@ -8,6 +8,7 @@ Looks, in this order, in the ament share folder, below sys.prefix (pip) and besi
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -45,3 +46,17 @@ def cache_folder() -> Path:
     base = Path(root) if root else Path.home() / '.cache' / PACKAGE
     base.mkdir(parents=True, exist_ok=True)
     return base
+
+
+def peak_bytes() -> int:
+    """Return the peak of resident memory of this program.
+
+    From /proc, which starts anew with each program; getrusage, elsewhere, also counts what the
+    parent held when it started this one.
+    """
+    status = Path('/proc/self/status')
+    if status.is_file():
+        for line in status.read_text().split('\n'):
+            if line.startswith('VmHWM:'):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

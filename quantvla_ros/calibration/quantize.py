@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from quantvla_ros.calibration import family
 from quantvla_ros.calibration.frames_file import Frames, read_frames
 from quantvla_ros.calibration.pipeline import quantize_policy
 from quantvla_ros.calibration.policy_runs import action_error, chunks
 from quantvla_ros.contract import load_contract
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.policies.base import PolicySettings
-from quantvla_ros.policies.libero_checkpoint import read_checkpoint, read_settings
+from quantvla_ros.policies.libero_checkpoint import SETTINGS, read_checkpoint, read_settings
 from quantvla_ros.policies.libero_panda import LiberoVla
 from quantvla_ros.quant.artifact import Provenance, write_artifact
 from quantvla_ros.quant.linear import Make, QuantLinear
@@ -43,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('model', nargs='?', default='', help='checkpoint folder; default: the shipped one')
     add('--recipe', default='onboard', help='recipe; default: onboard')
     add('--precision', default='w4a8', help='scheme such as w8a8, w4a8, w4a4; default: w4a8')
-    add('--frames', type=Path, required=True, help='frames file made by `quantvla frames`')
+    add('--frames', type=Path, default=None, help='frames file made by `quantvla frames`; '
+        'rtn needs none for a published checkpoint')
+    add('--contract', default='', help='of a published checkpoint: the robot of the frames')
     add('--limit', type=int, default=0, help='use at most so many frames, evenly spread')
     add('--seed', type=int, default=0, help='of the noise the frames are run with')
     add('--out', type=Path, default=None,
@@ -91,10 +94,16 @@ def run(args: argparse.Namespace) -> int:
     if precision.is_float:
         raise ValueError('precision float leaves nothing to quantize; take one such as w4a8')
     model = Path(args.model) if args.model else share_path('models/libero_panda')
+    folder = args.out or default_folder(model, recipe, precision)
+    if not (model / SETTINGS).is_file():
+        return family.run(family.FamilyJob(
+            model, recipe, precision, folder, args.contract, args.frames, args.limit, args.seed,
+            args.threads, version(), _tell))
+    if args.frames is None:
+        raise ValueError('name calibration frames with --frames; `quantvla frames` records them')
     frames = read_frames(args.frames, args.limit)
     if len(frames) < 2:
         raise ValueError('at least two frames are needed: one calibrates, one judges')
-    folder = args.out or default_folder(model, recipe, precision)
     try:
         return _work(args, recipe, precision, model, frames, folder)
     except KeyboardInterrupt:

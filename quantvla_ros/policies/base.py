@@ -100,9 +100,14 @@ POLICIES: dict[str, str] = {
 }
 
 
-def make_policy(name: str, contract: Contract, settings: PolicySettings) -> Policy:
-    """Make a policy by name. Raises ValueError that lists the known names."""
+def policy_class(name: str) -> Any:
+    """Return the maker of a policy by name. Raises ValueError that lists the known names."""
     if name not in POLICIES:
         raise ValueError(f'policy {name!r} is unknown; known are {", ".join(sorted(POLICIES))}')
     module, _, maker = POLICIES[name].partition(':')
-    return getattr(importlib.import_module(module), maker)(contract, settings)
+    return getattr(importlib.import_module(module), maker)
+
+
+def make_policy(name: str, contract: Contract, settings: PolicySettings) -> Policy:
+    """Make a policy by name. Raises ValueError that lists the known names."""
+    return policy_class(name)(contract, settings)

@@ -4,20 +4,25 @@
 A model is built without storage (torch's meta device) and every one of its tensors is then
 assigned from the file; a key that is missing, unexpected or wrongly shaped refuses the whole
 folder, by name. Nothing can stay at random values. Reads safetensors, one file or shards with an
-index, and pickled .pt files with weights_only. Downloads nothing and runs no code from a folder.
+index, one tensor at a time, and pickled .pt files with weights_only. Downloads nothing and runs
+no code from a folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+
+from quantvla_ros.quant.artifact import sha256_of
+from quantvla_ros.quant.stream import PagedLinear
+from quantvla_ros.quant.tensor_file import TensorFile, TensorFileError
 
 SHOWN = 8  # keys of each kind that an error lists
 
@@ -29,6 +34,8 @@ class CheckpointError(ValueError):
 class Source(Protocol):
     """Named tensors somewhere: shapes are cheap, tensors are read one at a time."""
 
+    files: tuple[Path, ...]  # that hold them
+
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every stored tensor, by its key."""
@@ -36,35 +43,43 @@ class Source(Protocol):
     def read(self, key: str) -> Tensor:
         """Return one tensor."""
 
+    def rows(self, key: str, rows: Sequence[int]) -> Tensor:
+        """Return some rows of a matrix."""
+
 
 class SafetensorsSource:
     """One safetensors file, or all shards that an index names."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._files: dict[str, Any] = {}
+        self.files = tuple(files)
+        self._at: dict[str, TensorFile] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for path in files:
+        for path in self.files:
             try:
-                opened = safe_open(str(path), framework='pt')
-                for key in opened.keys():  # noqa: SIM118  (not a mapping)
-                    self._files[key] = opened
-                    shapes[key] = tuple(opened.get_slice(key).get_shape())
-            except Exception as error:
+                opened = TensorFile(path)
+            except (OSError, TensorFileError) as error:
                 raise CheckpointError(
                     f'{path} is not a whole safetensors file ({error}); copy it again'
                 ) from error
+            for key, entry in opened.entries.items():
+                self._at[key] = opened
+                shapes[key] = entry.shape
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def read(self, key: str) -> Tensor:
-        """Return one tensor."""
-        return self._files[key].get_tensor(key)
+        """Return one tensor, in memory of its own."""
+        return self._at[key].read(key)
+
+    def rows(self, key: str, rows: Sequence[int]) -> Tensor:
+        """Return some rows of a matrix; the others stay on disk."""
+        return self._at[key].rows(key, rows)
 
 
 class DictSource:
-    """Tensors that are already in memory."""
+    """Tensors that are already in memory, and the files they came from."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
+    def __init__(self, tensors: Mapping[str, Tensor], files: Iterable[Path] = ()) -> None:
+        self._tensors, self.files = dict(tensors), tuple(files)
         self.shapes: Mapping[str, tuple[int, ...]] = {
             key: tuple(value.shape) for key, value in self._tensors.items()
         }
@@ -72,6 +87,19 @@ class DictSource:
     def read(self, key: str) -> Tensor:
         """Return one tensor."""
         return self._tensors[key]
+
+    def rows(self, key: str, rows: Sequence[int]) -> Tensor:
+        """Return some rows of a matrix."""
+        return self._tensors[key][list(rows)]
+
+
+def hash_of(files: Sequence[Path]) -> str:
+    """Hash of a checkpoint: the file's own sha256, or that of the list of all shards' hashes."""
+    hashes = {path.name: sha256_of(path) for path in files}
+    if len(hashes) == 1:
+        return next(iter(hashes.values()))
+    lines = ''.join(f'{hashes[name]}  {name}\n' for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def pickle_source(path: Path) -> DictSource:
@@ -85,7 +113,8 @@ def pickle_source(path: Path) -> DictSource:
         ) from error
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f'{path} is not a plain state dict of tensors')
-    return DictSource({key.removeprefix('module.'): value for key, value in tensors.items()})
+    named = {key.removeprefix('module.'): value for key, value in tensors.items()}
+    return DictSource(named, [path])
 
 
 def open_weights(folder: Path) -> SafetensorsSource:
@@ -163,36 +192,51 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def load(
-    model: nn.Module,
-    source: Source,
-    key_map: KeyMap,
-    dead: Dead,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = 'cpu',
-    only: str = '',
-    skip: frozenset[str] = frozenset(),
-) -> None:
-    """Assign every tensor of a model (or of the part whose names start with `only`).
+class Stored:
+    """The tensors of one model in a checkpoint: checked together, read one at a time.
 
-    skip: modules that something else will take the place of; their tensors are not read.
-
-    The keys of the whole model are checked even when a part is read, so that a streamed load
-    refuses as early as a whole one. Raises CheckpointError; the model then holds no weights.
+    All keys are checked when it is made. Raises CheckpointError; nothing has been read then.
     """
-    found = plan(source, shapes_of(model), key_map, dead)
-    tensors = {}
-    for name, (key, place) in found.items():
-        if name.startswith(only) and name.rpartition('.')[0] not in skip:
-            tensors[name] = place.turn(source.read(key)).to(device, dtype).contiguous()
-    model.load_state_dict(tensors, strict=not only and not skip, assign=True)
-    left = [
-        name
-        for name, value in model.state_dict().items()
-        if value.is_meta and name.startswith(only) and name.rpartition('.')[0] not in skip
-    ]
-    if left:
-        raise CheckpointError(f'{len(left)} tensors have no value: {", ".join(left[:SHOWN])}')
-    model.requires_grad_(False)
-    model.eval()
+
+    def __init__(
+        self, model: Any, source: Source, key_map: KeyMap, dead: Dead
+    ) -> None:
+        self.model, self.source = model, source
+        self._found = plan(source, shapes_of(model), key_map, dead)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor of the model, in the type it is stored in."""
+        key, place = self._found[name]
+        return place.turn(self.source.read(key))
+
+    def rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Return some rows of a matrix that is stored as the model wants it."""
+        key, place = self._found[name]
+        assert place.turn is same
+        return self.source.rows(key, rows)
+
+    def fill(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = 'cpu',
+        only: str | tuple[str, ...] = '',
+    ) -> None:
+        """Assign every tensor that the model still has (or those whose names start with `only`).
+
+        Not read is what was dropped from the model, what other modules took the place of, and
+        what stays on disk.
+        """
+        paged = {name for name, module in self.model.named_modules()
+                 if isinstance(module, PagedLinear)}
+        chosen = [name for name, value in self.model.state_dict().items()
+                  if value.is_meta and name.startswith(only)
+                  and name.rpartition('.')[0] not in paged]
+        unknown = [name for name in chosen if name not in self._found]
+        if unknown:
+            raise CheckpointError(
+                f'{len(unknown)} tensors have no value: {", ".join(unknown[:SHOWN])}')
+        tensors = {name: self.read(name).to(device, dtype).contiguous() for name in chosen}
+        self.model.load_state_dict(tensors, strict=False, assign=True)
+        self.model.requires_grad_(False)
+        self.model.eval()

@@ -1,42 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Smaller homes for a table of words, of which a prompt reads a few rows.
+"""A table of words that stays on disk: a prompt reads a few rows of hundreds of thousands.
 
-On the host: exact, no memory of the accelerator. In int8 with a scale per word: a quarter of
-float32, off by at most half a step of its word's scale. Both stand in the place of nn.Embedding.
+Exact, and no memory: neither of the process nor of an accelerator. Stands in the place of
+nn.Embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
+Rows = Callable[[Sequence[int]], Tensor]  # numbers of rows -> (rows, width), as stored
 
-class HostEmbedding(nn.Module):
-    """The table stays in host memory; the rows of a prompt travel to where the words are."""
 
-    def __init__(self, table: nn.Embedding) -> None:
+class DiskEmbedding(nn.Module):
+    """Reads the rows of a prompt each time; what is hot lies in the system's cache."""
+
+    def __init__(self, rows: Rows, dtype: torch.dtype) -> None:
         super().__init__()
-        self._rows = table.weight.detach().to('cpu')  # no buffer: .to(device) must not move it
+        self._rows, self._dtype = rows, dtype
 
     def forward(self, words: Tensor) -> Tensor:
         """(T,) int64 -> (T, width), exactly as the table holds them."""
-        return self._rows[words.to('cpu')].to(words.device)
-
-
-class Int8Embedding(nn.Module):
-    """codes int8 (words, width), scales float32 (words, 1), row = codes * scale."""
-
-    codes: Tensor
-    scales: Tensor
-
-    def __init__(self, table: nn.Embedding) -> None:
-        super().__init__()
-        weight = table.weight.detach()
-        scales = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer('codes', torch.round(weight.float() / scales).to(torch.int8))
-        self.register_buffer('scales', scales)
-        self.dtype = weight.dtype
-
-    def forward(self, words: Tensor) -> Tensor:
-        """(T,) int64 -> (T, width)."""
-        return (self.codes[words].float() * self.scales[words]).to(self.dtype)
+        return self._rows(words.tolist()).to(words.device, self._dtype)

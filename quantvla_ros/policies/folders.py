@@ -15,7 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from quantvla_ros.policies.checkpoints import CheckpointError, SafetensorsSource, open_weights
+from quantvla_ros.policies.checkpoints import (
+    CheckpointError,
+    SafetensorsSource,
+    Stored,
+    open_weights,
+)
 from quantvla_ros.policies.normalize import Affine
 
 LEROBOT_TYPES = {'pi05': 'pi05', 'pi0': 'pi0', 'smolvla': 'smolvla', 'groot': 'groot_n15'}
@@ -34,14 +39,14 @@ class Folder:
 
 @dataclass(frozen=True)
 class Served:
-    """A checkpoint, read and ready: the network and what to feed it.
+    """A checkpoint, checked and open: its network, still without weights, and what to feed it.
 
     words(instruction, normalised state) -> tokens. state_width: of the state the network itself
     takes, 0 where it takes none. slots: cameras in the checkpoint's order, () for the contract's.
     """
 
     family: str
-    model: Any
+    stored: Stored
     slots: tuple[str, ...]
     image: int
     state: Affine | None

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from quantvla_ros.policies import groot_keys as names
 from quantvla_ros.policies.agreement import Agreement
 from quantvla_ros.policies.base import PolicySettings
-from quantvla_ros.policies.checkpoints import CheckpointError, load
+from quantvla_ros.policies.checkpoints import CheckpointError, Stored
 from quantvla_ros.policies.decoder import DecoderConfig
 from quantvla_ros.policies.folders import Folder, Served
 from quantvla_ros.policies.groot_n15 import IMAGE, GrootConfig, GrootN15
@@ -78,10 +78,8 @@ def _embedding(shapes: Shapes) -> str:
     return names.EMBEDDING if names.EMBEDDING in shapes else names.LM_HEAD
 
 
-def groot_network(
-    folder: Folder, horizon: int, embodiment: int
-) -> tuple[GrootN15, Callable[..., None]]:
-    """Build the network without storage, and the function that loads it."""
+def groot_network(folder: Folder, horizon: int, embodiment: int) -> Stored:
+    """Build the network without storage, and match it with the folder."""
     strip = LEROBOT_PREFIX if folder.format == 'lerobot' else ''
     _check_config(folder.config.get('action_head_cfg', {}))
     shapes = Shapes(folder.weights.shapes, strip)
@@ -91,12 +89,8 @@ def groot_network(
         raise CheckpointError(f'embodiment slot {embodiment} is not one of {sizes.embodiments}')
     with torch.device('meta'):
         model = GrootN15(sizes)
-
-    def fill(**options: Any) -> None:
-        load(model, folder.weights, names.groot_map(embodiment, strip, tied=tied),
-             names.groot_dead(strip, tied=tied), **options)
-
-    return model, fill
+    return Stored(model, folder.weights, names.groot_map(embodiment, strip, tied=tied),
+                  names.groot_dead(strip, tied=tied))
 
 
 def _check_config(head: Mapping[str, Any]) -> None:
@@ -112,13 +106,7 @@ def _check_config(head: Mapping[str, Any]) -> None:
             )
 
 
-def open_groot(
-    folder: Folder,
-    agreement: Agreement,
-    settings: PolicySettings,
-    dtype: torch.dtype,
-    skip: frozenset[str],
-) -> Served:
+def open_groot(folder: Folder, agreement: Agreement, settings: PolicySettings) -> Served:
     """Read a GR00T N1.5 folder. Raises CheckpointError or TokenizerError."""
     config = folder.config
     head = config.get('action_head_cfg', {})
@@ -128,17 +116,16 @@ def open_groot(
             f'the checkpoint computes {horizon} steps; the contract asks for {agreement.horizon}'
         )
     tag, embodiment = _embodiment(folder, agreement)
-    model, fill = groot_network(folder, horizon, embodiment)
-    fill(dtype=dtype, device=settings.device, skip=skip)
+    stored = groot_network(folder, horizon, embodiment)
     if folder.format == 'lerobot':
         state, action = _lerobot_statistics(folder.path)
     else:
         state, action = _isaac_statistics(folder.path, tag, agreement)
     tokenizer = load_tokenizer(folder.path, agreement.tokenizer, 'groot_n15')
-    sizes = model.config
+    sizes = stored.model.config
     return Served(
         family='groot_n15',
-        model=model,
+        stored=stored,
         slots=(),
         image=sizes.vision.image,
         state=state,

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from quantvla_ros.policies.checkpoints import (
     CheckpointError,
     Place,
     Source,
-    load,
+    Stored,
     pickle_source,
 )
 from quantvla_ros.policies.decoder import DecoderConfig
@@ -74,6 +74,7 @@ class JoinedSource:
     """Shards and the files of the heads beside them, under one set of names."""
 
     def __init__(self, sources: Mapping[str, Source]) -> None:
+        self.files = tuple(file for source in sources.values() for file in source.files)
         self._at = {
             prefix + key: (source, key)
             for prefix, source in sources.items()
@@ -87,6 +88,11 @@ class JoinedSource:
         """Return one tensor."""
         source, name = self._at[key]
         return source.read(name)
+
+    def rows(self, key: str, rows: Sequence[int]) -> Tensor:
+        """Return some rows of a matrix."""
+        source, name = self._at[key]
+        return source.rows(name, rows)
 
 
 def is_oft(path: Path) -> bool:
@@ -137,10 +143,8 @@ def _language(shapes: Shapes, text: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def openvla_network(
-    folder: Folder, horizon: int, action: int
-) -> tuple[OpenVla, Callable[..., None]]:
-    """Build the network without storage, and the function that loads it."""
+def openvla_network(folder: Folder, horizon: int, action: int) -> Stored:
+    """Build the network without storage, and match it with the folder."""
     source = _joined(folder)
     shapes = Shapes(source.shapes)
     text = folder.config.get('text_config', {})
@@ -158,12 +162,7 @@ def openvla_network(
     )
     with torch.device('meta'):
         model = OpenVla(config)
-    dead = _dead(config, oft=oft)
-
-    def fill(**options: Any) -> None:
-        load(model, source, _map, dead, **options)
-
-    return model, fill
+    return Stored(model, source, _map, _dead(config, oft=oft))
 
 
 def _dead(config: OpenVlaConfig, *, oft: bool) -> Callable[[str], bool]:

@@ -17,11 +17,13 @@ import torch
 
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import Contract
+from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.agreement import read_agreement
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.door import Door
 from quantvla_ros.policies.folders import identify
+from quantvla_ros.policies.loading import DTYPES, Install, install
 from quantvla_ros.policies.openvla_folder import (
     bin_centres,
     bounded,
@@ -29,7 +31,6 @@ from quantvla_ros.policies.openvla_folder import (
     openvla_network,
     read_statistics,
 )
-from quantvla_ros.policies.runtime import DTYPES
 from quantvla_ros.policies.tokenizers import load_tokenizer, openvla_prompt
 
 EMPTY = '\u2581'  # the empty word that stands before every action
@@ -47,12 +48,12 @@ class Read:
 class OpenVlaPolicy:
     """A policy from an OpenVLA folder. Raises ValueError when anything does not fit."""
 
-    def __init__(self, contract: Contract, settings: PolicySettings) -> None:
-        if settings.precision not in DTYPES:
-            raise ValueError(
-                f'precision {settings.precision!r} is unknown to this policy; '
-                f'known are {", ".join(DTYPES)}'
-            )
+    def __init__(
+        self, contract: Contract, settings: PolicySettings, install: Install = install
+    ) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+            dispatch.set_threads(settings.threads)
         self.contract = contract
         agreement = read_agreement(contract)
         folder = identify(Path(settings.model).expanduser())
@@ -65,14 +66,15 @@ class OpenVlaPolicy:
             )
         stats = read_statistics(folder, agreement.statistics)
         action = bounded(stats['action'], 1e-8 if self.oft else 0.0)
-        self.model, fill = openvla_network(folder, agreement.horizon, action.size)
-        self.dtype = DTYPES[settings.precision]
-        fill(dtype=self.dtype, device=settings.device)
+        stored = openvla_network(folder, agreement.horizon, action.size)
+        self.model = stored.model
+        self.dtype = DTYPES.get(settings.precision, torch.float32)
         self.device = torch.device(settings.device)
         proprio = self.model.config.proprio
         state = bounded(stats['proprio'], 1e-8) if proprio else None
         self.door = Door(contract, agreement, (), state, action)
         self.tokenizer = load_tokenizer(folder.path, agreement.tokenizer, 'openvla')
+        self.origin = install(stored, folder, settings.precision, settings.device)
 
     def words(self, instruction: str) -> list[int]:
         """Begin mark, question, and the empty word before the answer."""

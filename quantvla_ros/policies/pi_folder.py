@@ -12,7 +12,7 @@ import torch
 from quantvla_ros.policies import keys
 from quantvla_ros.policies.agreement import Agreement
 from quantvla_ros.policies.base import PolicySettings
-from quantvla_ros.policies.checkpoints import CheckpointError, load
+from quantvla_ros.policies.checkpoints import CheckpointError, Stored
 from quantvla_ros.policies.folders import Folder, Served
 from quantvla_ros.policies.normalize import Affine, lerobot_statistics, openpi_statistics
 from quantvla_ros.policies.pi0 import Pi0, Pi0Config
@@ -31,8 +31,8 @@ LONGEST = {'pi05': 200, 'pi0': 48}
 IMAGES = 'observation.images.'
 
 
-def pi_network(folder: Folder, horizon: int) -> tuple[Any, Callable[..., None]]:
-    """Build the network without storage, and the function that loads it."""
+def pi_network(folder: Folder, horizon: int) -> Stored:
+    """Build the network without storage, and match it with the folder."""
     lerobot = folder.format == 'lerobot'
     strip = 'model.' if lerobot else ''
     shapes = Shapes(folder.weights.shapes, strip)
@@ -57,21 +57,10 @@ def pi_network(folder: Folder, horizon: int) -> tuple[Any, Callable[..., None]]:
             model: Any = Pi05(Pi05Config(**sizes))
         else:
             model = Pi0(Pi0Config(**sizes, state=shapes.of('state_proj.weight')[1]))
-
-    def fill(**options: Any) -> None:
-        load(model, folder.weights, keys.key_map(rules, strip), keys.pi_dead(tied=tied),
-             **options)
-
-    return model, fill
+    return Stored(model, folder.weights, keys.key_map(rules, strip), keys.pi_dead(tied=tied))
 
 
-def open_pi(
-    folder: Folder,
-    agreement: Agreement,
-    settings: PolicySettings,
-    dtype: torch.dtype,
-    skip: frozenset[str],
-) -> Served:
+def open_pi(folder: Folder, agreement: Agreement, settings: PolicySettings) -> Served:
     """Read a pi0 or pi0.5 folder. Raises CheckpointError or TokenizerError."""
     config, lerobot = folder.config, folder.format == 'lerobot'
     horizon = int(config.get('chunk_size', 0)) if lerobot else agreement.horizon
@@ -79,14 +68,13 @@ def open_pi(
         raise CheckpointError(
             f'the checkpoint computes {horizon} steps; the contract asks for {agreement.horizon}'
         )
-    model, fill = pi_network(folder, horizon)
-    fill(dtype=dtype, device=settings.device, skip=skip)
+    stored = pi_network(folder, horizon)
     state, action = _statistics(folder, agreement)
     tokenizer = load_tokenizer(folder.path, agreement.tokenizer, folder.family)
-    sizes = model.config
+    sizes = stored.model.config
     return Served(
         family=folder.family,
-        model=model,
+        stored=stored,
         slots=slots(config) if lerobot else OPENPI_SLOTS,
         image=sizes.vision.image,
         state=state,

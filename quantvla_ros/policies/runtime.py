@@ -8,7 +8,7 @@ the shared flow loop. Deterministic: a chunk depends on observation, seed and pr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,16 @@ from torch import Tensor
 
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import Contract
+from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
-from quantvla_ros.policies import flow, rtc, savings
+from quantvla_ros.policies import flow, rtc
 from quantvla_ros.policies.agreement import read_agreement
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.door import Door
-from quantvla_ros.policies.embedding import HostEmbedding, Int8Embedding
 from quantvla_ros.policies.folders import Served, identify
-from quantvla_ros.quant.artifact import JSON_NAME, read_artifact
-from quantvla_ros.quant.linear import QuantizedLayer, denoising_step, replace_linears
+from quantvla_ros.policies.loading import DTYPES, Install, fixed_times, install
+from quantvla_ros.quant.linear import denoising_step
 
-DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16}
 # family -> 'module:function' that reads a folder of it
 OPENERS = {
     'pi05': 'quantvla_ros.policies.pi_folder:open_pi',
@@ -54,31 +53,20 @@ def opener(family: str) -> Callable[..., Served]:
     return getattr(importlib.import_module(module), name)
 
 
-def quantized_layers(model: Path, precision: str) -> Mapping[str, QuantizedLayer]:
-    """Layers of the artifact beside a checkpoint; none for a float precision.
-
-    Raises ValueError that lists the precisions there are.
-    """
-    if precision in DTYPES:
-        return {}
-    folder = model / precision
-    if not (folder / JSON_NAME).is_file():
-        beside = sorted(path.parent.name for path in model.glob(f'*/{JSON_NAME}'))
-        raise ValueError(
-            f'precision {precision!r} is not one of {", ".join([*DTYPES, *beside])}; '
-            f'quantize the checkpoint into {folder} first'
-        )
-    return read_artifact(folder).layers
-
-
 class FlowPolicy:
-    """A policy from a folder that users have. Raises ValueError when anything does not fit."""
+    """A policy from a folder that users have. Raises ValueError when anything does not fit.
 
-    def __init__(self, contract: Contract, settings: PolicySettings) -> None:
+    origin: where its layers came from, in words.
+    """
+
+    def __init__(
+        self, contract: Contract, settings: PolicySettings, install: Install = install
+    ) -> None:
         if not settings.model:
             raise ValueError('model is empty; name the folder of a checkpoint')
         if settings.threads:
             torch.set_num_threads(settings.threads)
+            dispatch.set_threads(settings.threads)
         agreement = read_agreement(contract)
         folder = identify(Path(settings.model).expanduser())
         if folder.family not in OPENERS:
@@ -86,30 +74,17 @@ class FlowPolicy:
                 f'{folder.path} is {folder.family}, which does not denoise a chunk; '
                 'set policy to the family of the folder'
             )
-        layers = quantized_layers(folder.path, settings.precision)
-        self.dtype = DTYPES.get(settings.precision, DTYPES['float'])
-        served = opener(folder.family)(
-            folder, agreement, settings, self.dtype, frozenset(layers)
-        )
-        replace_linears(served.model, layers)
-        self._start(contract, settings, served, Door(
-            contract, agreement, served.slots, served.state, served.action))
-
-    def _start(
-        self, contract: Contract, settings: PolicySettings, served: Served, door: Door
-    ) -> None:
-        self.contract, self.served, self.door = contract, served, door
-        self.model = served.model
+        served = opener(folder.family)(folder, agreement, settings)
+        self.contract, self.served = contract, served
+        self.door = Door(contract, agreement, served.slots, served.state, served.action)
+        self.dtype = DTYPES.get(settings.precision, torch.float32)
         self.device = torch.device(settings.device)
         self.steps = served.steps
-        self.conditions = savings.condition_table(self.model, self.steps)
-        self.savings = savings.drop_unused(self.model, self.steps)
-        # a prompt reads a few rows of a large table: off the accelerator, or small where the
-        # rest is small
-        if self.device.type != 'cpu':
-            self.model.embedding = HostEmbedding(self.model.embedding)
-        elif settings.precision not in DTYPES:
-            self.model.embedding = Int8Embedding(self.model.embedding)
+        self.conditions, self.savings = fixed_times(
+            served.stored, self.steps, self.dtype, settings.device
+        )
+        self.origin = install(served.stored, folder, settings.precision, settings.device)
+        self.model = served.stored.model
 
     @torch.inference_mode()
     def prepare(self, observation: Observation) -> Prepared:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 
 from quantvla_ros.policies.agreement import Agreement
 from quantvla_ros.policies.base import PolicySettings
-from quantvla_ros.policies.checkpoints import CheckpointError, load
+from quantvla_ros.policies.checkpoints import CheckpointError, Stored
 from quantvla_ros.policies.folders import Folder, Served
 from quantvla_ros.policies.keys import DECODER, key_map, layered, pairs, vision_rules
 from quantvla_ros.policies.normalize import lerobot_statistics
@@ -41,8 +40,8 @@ RULES = [
 ]
 
 
-def smolvla_network(folder: Folder) -> tuple[SmolVla, Callable[..., None]]:
-    """Build the network without storage, and the function that loads it."""
+def smolvla_network(folder: Folder) -> Stored:
+    """Build the network without storage, and match it with the folder."""
     config = folder.config
     if config.get('add_image_special_tokens') or config.get('attention_mode') != 'cross_attn':
         raise CheckpointError(
@@ -67,12 +66,8 @@ def smolvla_network(folder: Folder) -> tuple[SmolVla, Callable[..., None]]:
     )
     with torch.device('meta'):
         model = SmolVla(sizes)
-
-    def fill(**options: Any) -> None:
-        load(model, folder.weights, key_map(rules, 'model.'),
-             lambda key: key.removeprefix('model.') == LM_HEAD and not tied, **options)
-
-    return model, fill
+    return Stored(model, folder.weights, key_map(rules, 'model.'),
+                  lambda key: key.removeprefix('model.') == LM_HEAD and not tied)
 
 
 def _stack(shapes: Shapes, name: str) -> Any:
@@ -85,23 +80,16 @@ def _stack(shapes: Shapes, name: str) -> Any:
     )
 
 
-def open_smolvla(
-    folder: Folder,
-    agreement: Agreement,
-    settings: PolicySettings,
-    dtype: torch.dtype,
-    skip: frozenset[str],
-) -> Served:
+def open_smolvla(folder: Folder, agreement: Agreement, settings: PolicySettings) -> Served:
     """Read a SmolVLA folder. Raises CheckpointError or TokenizerError."""
     config = folder.config
-    model, fill = smolvla_network(folder)
-    sizes = model.config
+    stored = smolvla_network(folder)
+    sizes = stored.model.config
     if agreement.horizon > sizes.horizon:
         raise CheckpointError(
             f'the checkpoint computes {sizes.horizon} steps; the contract asks for '
             f'{agreement.horizon}'
         )
-    fill(dtype=dtype, device=settings.device, skip=skip)
     state, action = lerobot_statistics(folder.path, config)
     tokenizer = load_tokenizer(folder.path, agreement.tokenizer, 'smolvla')
     longest = int(config.get('tokenizer_max_length', 48))
@@ -113,7 +101,7 @@ def open_smolvla(
 
     return Served(
         family='smolvla',
-        model=model,
+        stored=stored,
         slots=slots(config),
         image=sizes.vision.image,
         state=state,

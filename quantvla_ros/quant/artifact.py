@@ -7,6 +7,8 @@ made for another checkpoint. Holds no float weight of a layer that it quantizes.
 
     <folder>/artifact.json        what it is, where it came from, scheme and tensors of each layer
     <folder>/layers.safetensors   '<layer>/<part>' -> tensor
+
+ArtifactWriter and ArtifactReader hold one layer at a time.
 """
 
 from __future__ import annotations
@@ -21,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantvla_ros.kernels.weights import LAYOUT, MixedWeight, PackedWeight
 from quantvla_ros.quant.linear import QuantizedLayer
 from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, PerTensor, Scheme
 from quantvla_ros.quant.sites import PolicySites
+from quantvla_ros.quant.tensor_file import Spool, TensorFile, TensorFileError, write_tensors
 from quantvla_ros.quant.transforms import from_tensors
 
 FORMAT = 1
@@ -121,6 +122,61 @@ def _describe(layer: QuantizedLayer) -> tuple[dict[str, Tensor], dict[str, Any]]
     return tensors, about_layer
 
 
+class ArtifactWriter:
+    """An artifact that is written layer by layer; it appears when it is finished, or never.
+
+    Use as a context: leaving it unfinished leaves nothing. The same layers and provenance give
+    the same bytes, in whatever order they were added.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._scratch = folder.with_name(f'.{folder.name}.{os.getpid()}')
+        _sweep(folder)
+        self._scratch.mkdir(parents=True)
+        self._spool = Spool(self._scratch / 'spool')
+        self._about: dict[str, Any] = {}
+        self.nbytes = 0
+
+    def __enter__(self) -> ArtifactWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._spool.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def add(self, name: str, layer: QuantizedLayer) -> None:
+        """Write one layer; nothing of it is held afterwards."""
+        parts, self._about[name] = _describe(layer)
+        for part, tensor in parts.items():
+            self._spool.add(f'{name}/{part}', tensor)
+        self.nbytes += layer.nbytes
+
+    @property
+    def count(self) -> int:
+        """Layers so far."""
+        return len(self._about)
+
+    def finish(self, provenance: Provenance) -> str:
+        """Put the artifact in its place, at once, and return its hash."""
+        path = self._scratch / TENSOR_NAME
+        write_tensors(path, self._spool.described, self._spool.read)
+        self._spool.close()
+        (self._scratch / 'spool').unlink()
+        sha256 = sha256_of(path)
+        document = {
+            'format': FORMAT,
+            'layout': LAYOUT,
+            'sha256': sha256,
+            'provenance': asdict(provenance),
+            'layers': self._about,
+        }
+        text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
+        (self._scratch / JSON_NAME).write_text(text + '\n')
+        _swap(self._scratch, self.folder)
+        return sha256
+
+
 def write_artifact(
     folder: Path, layers: Mapping[str, QuantizedLayer], provenance: Provenance
 ) -> str:
@@ -128,30 +184,18 @@ def write_artifact(
 
     The same layers and provenance give the same bytes. An existing artifact is replaced at once.
     """
-    tensors: dict[str, Tensor] = {}
-    about: dict[str, Any] = {}
-    for name in sorted(layers):
-        parts, about[name] = _describe(layers[name])
-        tensors.update({f'{name}/{part}': t.contiguous() for part, t in parts.items()})
-    scratch = folder.with_name(f'.{folder.name}.{os.getpid()}')
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        save_file(tensors, scratch / TENSOR_NAME)
-        sha256 = sha256_of(scratch / TENSOR_NAME)
-        document = {
-            'format': FORMAT,
-            'layout': LAYOUT,
-            'sha256': sha256,
-            'provenance': asdict(provenance),
-            'layers': about,
-        }
-        text = json.dumps(document, indent=1, sort_keys=True, allow_nan=False)
-        (scratch / JSON_NAME).write_text(text + '\n')
-        _swap(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return sha256
+    with ArtifactWriter(folder) as writer:
+        for name in sorted(layers):
+            writer.add(name, layers[name])
+        return writer.finish(provenance)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers of this artifact left behind."""
+    for path in folder.parent.glob(f'.{folder.name}.*'):
+        pid = path.name.rpartition('.')[2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not Path(f'/proc/{pid}').exists()):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _swap(scratch: Path, folder: Path) -> None:
@@ -236,53 +280,68 @@ def read_provenance(folder: Path) -> Provenance:
     return Provenance(**_document(folder)['provenance'])
 
 
-def read_artifact(
-    folder: Path, checkpoint: str | None = None, sites: PolicySites | None = None
-) -> Artifact:
-    """Read and verify an artifact.
+class ArtifactReader:
+    """A verified artifact whose layers are read one at a time.
 
     checkpoint: sha256 of the float weights it must belong to. sites: the linears it may name.
     Raises ArtifactError with a sentence.
     """
-    document = _document(folder)
-    provenance = Provenance(**document['provenance'])
-    if checkpoint is not None and provenance.checkpoint != checkpoint:
-        raise ArtifactError(
-            f'{folder} was made for checkpoint {provenance.checkpoint[:12]}, the model is '
-            f'{checkpoint[:12]}; quantize this model again'
-        )
-    path = folder / TENSOR_NAME
-    if not path.is_file():
-        raise ArtifactError(f'{folder} lacks {TENSOR_NAME}; copy the artifact again')
-    sha256 = sha256_of(path)
-    if sha256 != document['sha256']:
-        raise ArtifactError(
-            f'{path} has hash {sha256[:12]}, expected {document["sha256"][:12]}: it is truncated '
-            'or was changed; copy the artifact again'
-        )
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ArtifactError(f'{path} is damaged: {error}') from error
-    return Artifact(_layers(document['layers'], tensors, sites), provenance, sha256)
 
-
-def _layers(
-    about: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: PolicySites | None
-) -> dict[str, QuantizedLayer]:
-    by_layer: dict[str, dict[str, Tensor]] = {name: {} for name in about}
-    for key, tensor in tensors.items():
-        name, _, part = key.rpartition('/')
-        if name not in by_layer:
-            raise ArtifactError(f'tensor {key!r} belongs to no layer of the artifact')
-        by_layer[name][part] = tensor
-    layers = {name: _layer(name, about[name], parts) for name, parts in by_layer.items()}
-    for name, layer in layers.items() if sites is not None else ():
-        assert sites is not None
-        site = sites.linear(name)
-        shape = (site.out_features, site.in_features)
-        if layer.weight.shape != shape:
+    def __init__(
+        self, folder: Path, checkpoint: str | None = None, sites: PolicySites | None = None
+    ) -> None:
+        document = _document(folder)
+        self.folder, self._sites = folder, sites
+        self.provenance = Provenance(**document['provenance'])
+        if checkpoint is not None and self.provenance.checkpoint != checkpoint:
             raise ArtifactError(
-                f'layer {name!r} has shape {layer.weight.shape}, the policy {shape}'
+                f'{folder} was made for checkpoint {self.provenance.checkpoint[:12]}, the model '
+                f'is {checkpoint[:12]}; quantize this model again'
             )
-    return layers
+        path = folder / TENSOR_NAME
+        if not path.is_file():
+            raise ArtifactError(f'{folder} lacks {TENSOR_NAME}; copy the artifact again')
+        self.sha256 = sha256_of(path)
+        if self.sha256 != document['sha256']:
+            raise ArtifactError(
+                f'{path} has hash {self.sha256[:12]}, expected {document["sha256"][:12]}: it is '
+                'truncated or was changed; copy the artifact again'
+            )
+        try:
+            self._file = TensorFile(path)
+        except TensorFileError as error:
+            raise ArtifactError(f'{path} is damaged: {error}') from error
+        self._about: Mapping[str, Any] = document['layers']
+        self._parts: dict[str, list[str]] = {name: [] for name in self._about}
+        for key in self._file.entries:
+            name, _, part = key.rpartition('/')
+            if name not in self._parts:
+                raise ArtifactError(f'tensor {key!r} belongs to no layer of the artifact')
+            self._parts[name].append(part)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers, in order."""
+        return tuple(sorted(self._about))
+
+    def layer(self, name: str) -> QuantizedLayer:
+        """Read one layer and check it. Raises ArtifactError that names it."""
+        tensors = {part: self._file.read(f'{name}/{part}') for part in self._parts[name]}
+        layer = _layer(name, self._about[name], tensors)
+        if self._sites is not None:
+            site = self._sites.linear(name)
+            shape = (site.out_features, site.in_features)
+            if layer.weight.shape != shape:
+                raise ArtifactError(
+                    f'layer {name!r} has shape {layer.weight.shape}, the policy {shape}'
+                )
+        return layer
+
+
+def read_artifact(
+    folder: Path, checkpoint: str | None = None, sites: PolicySites | None = None
+) -> Artifact:
+    """Read and verify a whole artifact; see ArtifactReader, which holds one layer at a time."""
+    reader = ArtifactReader(folder, checkpoint, sites)
+    layers = {name: reader.layer(name) for name in reader.names}
+    return Artifact(layers, reader.provenance, reader.sha256)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A robot of two joints and one camera for tests: it does what the last command says.
+"""A robot for tests, of two joints and one camera unless told: it does what commands say.
 
 One thread publishes everything, so that a test can break any input at will; what comes in is kept
 under one condition, so that a test waits for an event and never for a time.
@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,11 +25,18 @@ from quantvla_ros.nodes.names import LATCHED
 
 PATIENCE_S = 40.0  # how long a busy machine may take; no claim rests on it
 LIMITS = {'shoulder': (-1.0, 1.0, 2.0), 'elbow': (-1.0, 1.0, 2.0)}
-URDF = '<robot name="two"><link name="base"/>' + ''.join(
-    f'<joint name="{name}" type="revolute"><parent link="base"/><child link="base"/>'
-    f'<limit lower="{lower}" upper="{upper}" velocity="{velocity}" effort="1"/></joint>'
-    for name, (lower, upper, velocity) in LIMITS.items()
-) + '</robot>'
+
+
+def describe(limits):
+    """The robot description of some joints."""
+    return '<robot name="two"><link name="base"/>' + ''.join(
+        f'<joint name="{name}" type="revolute"><parent link="base"/><child link="base"/>'
+        f'<limit lower="{lower}" upper="{upper}" velocity="{velocity}" effort="1"/></joint>'
+        for name, (lower, upper, velocity) in limits.items()
+    ) + '</robot>'
+
+
+URDF = describe(LIMITS)
 CONTRACT = """
 contract: 1
 robot: two_joints
@@ -42,11 +50,25 @@ controller: {kind: KIND, topic: arm/commands, joints: [elbow, shoulder], rate_hz
 """
 
 
-def healthy():
+@dataclass(frozen=True)
+class Body:
+    """What a robot has: joints as it publishes and as it is commanded, cameras of one size."""
+
+    measured: tuple[str, ...] = ('gripper', 'elbow', 'shoulder')
+    commanded: tuple[str, ...] = ('elbow', 'shoulder')
+    cameras: tuple[str, ...] = ('front',)
+    size: tuple[int, int] = (8, 6)
+    urdf: str = URDF
+
+
+TWO = Body()
+
+
+def healthy(body=TWO):
     """Every way a test can break the robot, switched off."""
     return SimpleNamespace(
-        camera=True, frozen=False, size=(8, 6), encoding='rgb8', back_s=0.0,
-        joints=True, names=('gripper', 'elbow', 'shoulder'), nan=False, stamp_s=0.0,
+        camera=True, frozen=False, size=body.size, encoding='rgb8', back_s=0.0,
+        joints=True, names=body.measured, nan=False, stamp_s=0.0,
     )
 
 
@@ -56,16 +78,18 @@ SENTINELS = 5.0  # rad: commands above are marks of a test, which no arm follows
 class Robot:
     """Publishes inputs in namespace /robot, follows commands, and keeps all that it hears."""
 
-    def __init__(self, kind='forward_command'):
+    def __init__(self, kind='forward_command', body=TWO):
         self.node = rclpy.create_node('robot', namespace='/robot', use_global_arguments=False)
-        self.faults = healthy()
+        self.body = body
+        self.faults = healthy(body)
         self.changed = threading.Condition()
-        self.positions = {'gripper': 0.0, 'shoulder': 0.0, 'elbow': 0.0}
+        self.positions = dict.fromkeys(body.measured, 0.0)
         self.commands, self.statuses, self.active, self.chunks = [], [], [], []
         self.diagnostics = []
         self._count = 0
         node = self.node
-        self._image = node.create_publisher(Image, 'front/image', 5)
+        self._images = [node.create_publisher(Image, f'{camera}/image', 5)
+                        for camera in body.cameras]
         self._states = node.create_publisher(JointState, 'joint_states', 5)
         self._description = node.create_publisher(String, 'robot_description', LATCHED)
         self.instruction = node.create_publisher(String, 'instruction', LATCHED)
@@ -102,8 +126,8 @@ class Robot:
         self._executor.remove_node(self.node)
         self.node.destroy_node()
 
-    def describe(self, text=URDF):
-        self._description.publish(String(data=text))
+    def describe(self, text=''):
+        self._description.publish(String(data=text or self.body.urdf))
 
     def connect_controller(self):
         self.controller = self.node.create_subscription(
@@ -142,9 +166,8 @@ class Robot:
 
     def _command(self, message):
         if isinstance(message, Float64MultiArray):
-            elbow, shoulder = message.data
-            if max(abs(elbow), abs(shoulder)) < SENTINELS:
-                self.positions.update(elbow=elbow, shoulder=shoulder)
+            if max(map(abs, message.data)) < SENTINELS:
+                self.positions.update(zip(self.body.commanded, message.data, strict=True))
         else:
             self.positions.update(
                 zip(message.joint_names, message.points[0].positions, strict=True))
@@ -160,7 +183,8 @@ class Robot:
             if self.faults.joints:
                 self._states.publish(self._joint_state())
             if self.faults.camera and self._count % 3 == 0:
-                self._image.publish(self._picture())
+                for publisher in self._images:
+                    publisher.publish(self._picture())
 
     def _stamp(self, message, shift_s=0.0):
         nanoseconds = time.time_ns() + round(shift_s * 1e9)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quantvla_ros.bench.parity_case import CASES, relative_error
 from quantvla_ros.doctor_model import describe_model
-from quantvla_ros.policies.checkpoints import CheckpointError, DictSource, load, pickle_source
+from quantvla_ros.policies.checkpoints import CheckpointError, DictSource, Stored, pickle_source
 from quantvla_ros.policies.folders import identify
 from quantvla_ros.policies.groot_folder import groot_network
 from quantvla_ros.policies.pi_folder import pi_network
@@ -60,16 +60,16 @@ def test_a_wrong_shape_is_named_with_both_shapes(copy):
 
 
 def test_a_refused_model_holds_no_weights(folders):
-    model, _ = pi_network(identify(folders('pi05_lerobot')), 10)
+    model = pi_network(identify(folders('pi05_lerobot')), 10).model
     with pytest.raises(CheckpointError):
-        load(model, DictSource({}), lambda key: None, lambda key: False)
+        Stored(model, DictSource({}), lambda key: None, lambda key: False)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_part_is_read_alone_and_the_rest_stays_without_storage(folders):
-    model, fill = pi_network(identify(folders('pi05_lerobot')), 10)
-    fill(only='backbone.layers.1.')
-    held = {name for name, value in model.state_dict().items() if not value.is_meta}
+    stored = pi_network(identify(folders('pi05_lerobot')), 10)
+    stored.fill(only='backbone.layers.1.')
+    held = {name for name, value in stored.model.state_dict().items() if not value.is_meta}
     assert held
     assert all(name.startswith('backbone.layers.1.') for name in held)
 
@@ -159,8 +159,9 @@ def test_only_the_used_embodiment_is_held(folders):
     whole = sum(int(np.prod(shape)) for shape in folder.weights.shapes.values())
     chunks = []
     for slot in (31, 2):
-        model, fill = groot_network(folder, 16, slot)
-        fill()
+        stored = groot_network(folder, 16, slot)
+        stored.fill()
+        model = stored.model
         chunks.append(model.state_encoder.fc1.weight)
         assert sum(p.numel() for p in model.parameters()) < whole / 2
     assert not torch.equal(*chunks)
