@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'bench control': ('quantvla_ros.bench.control', 'Judge a million hostile commands.'),
     'bench ros': ('quantvla_ros.bench.ros', 'Measure frames lost, overhead, jitter and growth.'),
     'bench policy': ('quantvla_ros.bench.policy', 'Latency and memory of the shipped policy.'),
+    'bench gpu': ('quantvla_ros.bench.gpu', 'Check and time the GPU kernels and whole chunks.'),
     'bench kernels': ('quantvla_ros.bench.kernels', 'Integer kernels against peak and peers.'),
     'bench recipes': ('quantvla_ros.bench.recipes', 'Action error and bytes of every recipe.'),
     'bench parity': ('quantvla_ros.bench.parity', 'Compare World with LIBERO, step by step.'),

@@ -90,6 +90,7 @@ POLICIES: dict[str, str] = {
     'hold': 'quantvla_ros.policies.base:HoldPolicy',
     'expert': 'quantvla_ros.sim.expert_policy:ExpertPolicy',
     'constant_time': 'quantvla_ros.bench.ros_policy:ConstantTime',  # for `quantvla bench ros`
+    'random_pi05': 'quantvla_ros.bench.gpu_policy:RandomPi05',  # for `quantvla bench gpu`
     'pi05': 'quantvla_ros.policies.runtime:FlowPolicy',
     'pi0': 'quantvla_ros.policies.runtime:FlowPolicy',
     'groot_n15': 'quantvla_ros.policies.runtime:FlowPolicy',

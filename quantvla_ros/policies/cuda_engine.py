@@ -10,7 +10,7 @@ graphs. An error of the device ends the engine: a CUDA context that has failed d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from quantvla_ros.policies.cuda_parts import ModelSource, pdl_for
 from quantvla_ros.policies.cuda_pi import Inputs, PiPlan
 from quantvla_ros.policies.flow import PrefixGuidance
 from quantvla_ros.policies.groot_n15 import IMAGE
-from quantvla_ros.quant.linear import QuantizedLayer
 
 Plan = PiPlan | GrootPlan
 # words of a prompt that a plan leaves room for, where the checkpoint does not say
@@ -100,14 +99,13 @@ class CudaEngine:
         self,
         family: str,
         model: Any,
-        layers: Mapping[str, QuantizedLayer],
         conditions: Sequence[Any],
         *,
         device: torch.device,
         dtype: torch.dtype,
         words: int = 0,
     ) -> None:
-        self.family, self.model, self.layers = family, model, layers
+        self.family, self.model = family, model
         self.device, self.dtype = device, dtype
         self.conditions = conditions
         self.words = words or WORDS[family]
@@ -150,17 +148,15 @@ class CudaEngine:
         return self.graphs
 
     def _build(self, cameras: int) -> None:
-        kind = 'float'
-        if self.layers:
-            kind = next(iter(self.layers.values())).scheme.name.partition('g')[0]
-        source = ModelSource(self.model, self.layers, self.device, self.dtype, self.conditions)
+        source = ModelSource(self.model, self.device, self.dtype, self.conditions)
         try:
             plan = make_plan(self.family, source, self.model.config,
                              steps=len(self.conditions), cameras=cameras, words=self.words,
-                             pdl=pdl_for(kind, self.device))
+                             pdl=pdl_for(source.kind, self.device))
             self.graphs = Graphs(plan, self.device)
         except torch.cuda.OutOfMemoryError as error:
-            raise ValueError(f'the GPU has too little memory for this precision: {error}') from error
+            raise ValueError(
+                f'the GPU has too little memory for this precision: {error}') from error
 
     def _encode(self, scene: Scene) -> None:
         graphs = self._ready()

@@ -65,7 +65,8 @@ class Backbone:
         # one layer's keys and values at a time: nothing reads them later
         self.cache = torch.zeros(2, capacity, c.kv_heads * c.head_width, dtype=source.dtype,
                                  device=source.device)
-        self.nbytes = sum(part.nbytes for part in (*self.attentions, *self.mlps))
+        self.nbytes = (sum(part.nbytes for part in self.attentions)
+                       + sum(part.nbytes for part in self.mlps))
 
     def run(self, stream: Stream, length: Tensor) -> None:
         """All layers."""
@@ -165,8 +166,8 @@ class GrootPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of all weights that products read."""
-        parts = (self.vision, self.backbone, self.context, *self.context_attentions, *self.context_mlps,
-                 *self.attentions, *self.mlps)
+        parts = (self.vision, self.backbone, self.context, *self.context_attentions,
+                 *self.context_mlps, *self.attentions, *self.mlps)
         return sum(part.nbytes for part in parts)
 
     def prefix(self) -> None:

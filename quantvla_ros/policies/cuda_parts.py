@@ -10,7 +10,7 @@ Float and integer projections stand side by side in one plan: each says how it t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from quantvla_ros.kernels.cuda.launch import (
     Workspace,
 )
 from quantvla_ros.kernels.cuda.pack import DeviceWeight, stack_rows, to_device
+from quantvla_ros.policies.loading import HeldLayer
 from quantvla_ros.quant.linear import KERNEL_HADAMARD, QuantizedLayer
 from quantvla_ros.quant.transforms import InputTransform, from_tensors
 
@@ -51,21 +52,24 @@ class Source(Protocol):
 
 
 class ModelSource:
-    """Weights of a loaded model, with quantized layers in the places of some linears."""
+    """Weights of a loaded model, with quantized layers in the places of some linears.
+
+    kind: scheme of its quantized layers without the group, or 'float'.
+    """
 
     def __init__(
-        self, model: Any, layers: Mapping[str, QuantizedLayer], device: torch.device,
-        dtype: torch.dtype, conditions: Sequence[Any],
+        self, model: Any, device: torch.device, dtype: torch.dtype, conditions: Sequence[Any]
     ) -> None:
-        self.model, self.layers = model, layers
-        self.device, self.dtype = device, dtype
+        self.model, self.device, self.dtype = model, device, dtype
         self._conditions = conditions
+        held = [m.layer for m in model.modules() if isinstance(m, HeldLayer) and m.layer]
+        self.kind = held[0].scheme.name.partition('g')[0] if held else 'float'
 
     def linear(self, name: str) -> Linear:
-        """See Source."""
-        if name in self.layers:
-            return self.layers[name]
+        """See Source. A quantized layer is handed over, once."""
         module = self.model.get_submodule(name)
+        if isinstance(module, HeldLayer):
+            return module.give()
         return module.to(self.device, self.dtype)
 
     def value(self, name: str) -> Tensor:
@@ -216,12 +220,13 @@ Projection = FloatProjection | IntegerProjection
 def project(source: Source, machine: Machine, name: str) -> Projection:
     """One linear of the model as a projection."""
     linear = source.linear(name)
+    bias: Tensor | None
     if isinstance(linear, nn.Linear):
         bias = None if linear.bias is None else linear.bias.detach()
         return FloatProjection(linear.weight.detach(), bias)
     if linear.scheme.act_bits == 16:  # weights alone are narrow: back to floats, once
         weight = linear.float_weight().to(source.device, source.dtype)
-        bias = linear.folded()[1]
+        bias = None if linear.bias is None else linear.bias.detach()
         return FloatProjection(
             weight, None if bias is None else bias.to(source.device, source.dtype))
     return IntegerProjection(linear, source.device, source.dtype, machine)
@@ -230,6 +235,7 @@ def project(source: Source, machine: Machine, name: str) -> Projection:
 def small(source: Source, name: str) -> FloatProjection:
     """A small layer that stays in floats, whatever it is stored as."""
     linear = source.linear(name)
+    bias: Tensor | None
     if isinstance(linear, nn.Linear):
         weight, bias = linear.weight.detach(), linear.bias
     else:

@@ -83,7 +83,8 @@ class GemmaLayers:
         count = config.depth - 1 if prefix else config.depth
         self.mlps = [GatedMlp(source, machine, f'{layer}.mlp', 'gelu_tanh')
                      for layer in layers[:count]]
-        self.nbytes = sum(part.nbytes for part in (*self.attentions, *self.mlps))
+        self.nbytes = (sum(part.nbytes for part in self.attentions)
+                       + sum(part.nbytes for part in self.mlps))
 
     def run(
         self, stream: Stream, norms: list[Norm], gates: list[Tensor | None], cache: Tensor,

@@ -314,7 +314,7 @@ def run_attend(
     tokens = q.shape[0] // batch
     share, width = heads // keys.groups, keys.width
     parts = out if isinstance(out, Parts) else None
-    target = parts.values if isinstance(out, Parts) else out
+    target = out.values if isinstance(out, Parts) else out
     none = nothing(q.device)
     full = q.dtype is torch.float32
     attention_kernels.attend[(-(-tokens * share // split.bq), split.parts, batch * keys.groups)](

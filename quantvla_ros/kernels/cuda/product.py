@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton: integer product of tokens and a weight, with everything that follows it fused.
 
-out[m, n] = residual[m, n] + gate[n] * act(sx[m] * sum_g sw[g, n] * sum_k q[m, k] w[n, k] + bias[n])
-            [* the same of a second weight, the other half of a gated MLP]
+out[m, n] = residual[m, n] + gate[n] * act(y[m, n] + bias[n]) [* (u[m, n] + up_bias[n])]
+  y[m, n] = sx[m] * sum_g sw[g, n] * sum_(k in g) q[m, k] w[n, k],  u: of a second weight
 
 Tokens are few and weights many, so a tile holds W as the left operand: acc (BN, BM) = W_tile X^T.
 Int4 is never sign-extended: (byte << 4) and (byte & 0xF0), read as int8, are 16 w of the low and
