@@ -73,8 +73,8 @@ class GatedMlp:
         self.fused = self._can_fuse(*pair)
         self.group = None
         if not self.fused:
-            del pair, self.gate, self.up
-            self.group = Group(source, machine, [f'{name}.gate_proj', f'{name}.up_proj'])
+            del self.gate, self.up
+            self.group = Group(source, machine, [f'{name}.gate_proj', f'{name}.up_proj'], pair)
         held = self.group.nbytes if self.group else self.gate.nbytes + self.up.nbytes
         self.nbytes = held + self.down.nbytes
 

@@ -277,8 +277,11 @@ def _joined(vectors: Sequence[Tensor | None]) -> Tensor | None:
 class Group:
     """Projections that read one token and write side by side: one product where that can be."""
 
-    def __init__(self, source: Source, machine: Machine, names: Sequence[str]) -> None:
-        parts = [project(source, machine, name) for name in names]
+    def __init__(
+        self, source: Source, machine: Machine, names: Sequence[str],
+        made: Sequence[Projection] = (),
+    ) -> None:
+        parts = list(made) or [project(source, machine, name) for name in names]
         biases = {part.bias is None for part in parts}
         if len(parts) > 1 and len(biases) == 1 and _stackable(parts):
             parts = [self._stack(source, names, parts)]

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -145,23 +146,26 @@ def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
-    """Tiles worth trying for one shape, for `--tune`: fewer than 40, all of which fit."""
+    """Tiles worth trying for a shape, for `--tune`: each costs a compilation, so they are few."""
     few = problem.m <= 128
-    rows = sorted({16, 32, 64} & {16, min(64, max(16, 1 << (problem.m - 1).bit_length()))}
-                  ) if few else [64, 128, 256]
+    first = by_rule(problem, chip)
     found = []
-    for bm in rows:
-        for bn in (64, 128):
-            for bk in (64, 128, 256):
-                for stages in (3, 4) if few else (3,):
-                    for split in (1, 2, 4, 8) if few else (1, 2):
-                        warps = 8 if bm * bn >= 128 * 128 else 4
-                        tile = Tile(bm, bn, bk, stages, warps, split)
-                        if fit(tile, problem, chip) == tile:
-                            found.append(tile)
-    programs = {t: -(-problem.n // t.bn) * -(-problem.m // t.bm) * t.split for t in found}
-    # far more programs than the chip can hold only cost their sums
-    return [t for t in found if t.split == 1 or programs[t] <= 6 * chip.processors]
+    for bn, bk, stages in product((64, 128), (64, 128, 256), (3, 4)):
+        for bm in (first.bm,) if few else (64, 128):
+            programs = -(-problem.n // bn) * -(-problem.m // bm)
+            for split in (1, 2, 4, 8) if few else (1, 2):
+                # more than the chip holds at once only costs the sums, less leaves it idle
+                if split > 1 and not chip.processors <= programs * split <= 4 * chip.processors:
+                    continue
+                tile = Tile(bm, bn, bk, stages, max(first.warps, 4), split)
+                if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= 2:
+                    found.append(tile)
+    return found
+
+
+def steps_of(tile: Tile, problem: Problem) -> int:
+    """Steps of one program."""
+    return problem.row_bytes // tile.bk // tile.split
 
 
 def use_pdl(kind: str, chip: Chip) -> bool:
