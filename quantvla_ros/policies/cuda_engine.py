@@ -140,7 +140,7 @@ class CudaEngine:
                     i.target.copy_(guidance.target[0])
                     i.weight.copy_(guidance.weights)
                 graphs.denoise()
-            return i.x.cpu()[None]
+            return i.x.to('cpu', copy=True)[None]
 
     def _ready(self) -> Graphs:
         if self.graphs is None:

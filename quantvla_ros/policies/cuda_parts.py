@@ -153,11 +153,28 @@ class FloatProjection:
             torch.mm(tokens.data, self.weight.T, out=out)
 
 
+def kernel_part(transform: InputTransform) -> tuple[Tensor | None, bool] | None:
+    """A transform as the kernels fuse it: (multipliers (K,) or None, rotated or not); or None."""
+    multipliers, rotated = None, False
+    link: InputTransform | None = transform
+    while link is not None:
+        wild = link.permutation is not None or link.blocks is not None
+        more = rotated and (link.diagonal is not None or link.hadamard != 0)
+        if wild or more or link.hadamard not in (0, KERNEL_HADAMARD):
+            return None
+        if link.diagonal is not None:
+            own = 1.0 / link.diagonal.float()
+            multipliers = own if multipliers is None else multipliers * own
+        rotated = rotated or link.hadamard == KERNEL_HADAMARD
+        link = link.then
+    return multipliers, rotated
+
+
 class IntegerProjection:
     """A quantized linear on the integer kernels.
 
-    A Hadamard of 64 that comes last is fused with the quantization; any other transform of the
-    input runs in torch before it, which is exact and slow.
+    A diagonal and then a Hadamard of 64 are fused with the quantization; any other transform of
+    the input runs in torch before it, which is exact and slow.
     """
 
     integer = True
@@ -172,11 +189,15 @@ class IntegerProjection:
         self.n, self.k = self.weight.shape
         self.act_bits = layer.scheme.act_bits
         self.static = None if layer.act_scales is None else layer.act_scales.float().to(device)
-        *before, last = layer.transform.hadamards()
-        self.rotate = last == KERNEL_HADAMARD
-        moved = {name: t.to(device) for name, t in layer.transform.tensors().items()}
-        rest = from_tensors(moved, [*before, 0 if self.rotate else last])
-        self.before: InputTransform | None = None if rest.is_identity else rest
+        fused = kernel_part(layer.transform)
+        self.before: InputTransform | None = None
+        self.rotate, self.diagonal = False, None
+        if fused is None:
+            moved = {name: t.to(device) for name, t in layer.transform.tensors().items()}
+            self.before = from_tensors(moved, layer.transform.hadamards())
+        else:
+            self.rotate = fused[1]
+            self.diagonal = None if fused[0] is None else fused[0].to(device)
         self.machine, self.dtype = machine, dtype
 
     @property
@@ -192,7 +213,7 @@ class IntegerProjection:
         static = self.static
         if static is not None:
             static = static[step:step + 1] if static.numel() > 1 else static
-        return Take(self.act_bits, self.weight.padded[1], self.rotate, static)
+        return Take(self.act_bits, self.weight.padded[1], self.rotate, static, self.diagonal)
 
     def tokens(self, tokens: Tokens, step: int = 0) -> Tokens:
         """Quantize floats that need a transform of their own first; pass others on."""
@@ -252,10 +273,14 @@ def same_take(a: Projection, b: Projection) -> bool:
         return True
     if a.before is not None or b.before is not None or a.rotate != b.rotate:
         return False
-    static = (a.static is None) == (b.static is None)
-    if static and a.static is not None and b.static is not None:
-        static = torch.equal(a.static, b.static)
-    return static and a.act_bits == b.act_bits and a.weight.padded[1] == b.weight.padded[1]
+    return (_equal(a.static, b.static) and _equal(a.diagonal, b.diagonal)
+            and a.act_bits == b.act_bits and a.weight.padded[1] == b.weight.padded[1])
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)
 
 
 def _stackable(parts: Sequence[Projection]) -> bool:

@@ -43,7 +43,7 @@ def test_every_section_runs_and_keeps_its_figures(tmp_path, capsys, device, monk
     (rows,) = found['chunk'].values()
     assert {'float', 'w4a8 rotated', 'eager modules'} <= set(rows)
     assert not [row for row in rows.values() if 'missing' in row]
-    assert rows['w4a8 rotated']['weights'] < 0.35 * rows['float']['weights'] / 2  # of float32
+    assert rows['w4a8 rotated']['weights'] < 0.5 * rows['float']['weights']  # padded, float32
 
 
 def test_failing_section_does_not_take_the_others_along(tmp_path, capsys, monkeypatch):
@@ -84,8 +84,10 @@ def test_estimate_counts_what_a_chunk_multiplies():
     operations = sum(2.0 * p.tokens * p.weights * p.times for p in found)
     # vision 635, backbone 3837 less the end of its last layer, expert 311 GFLOP
     assert 4.5e12 < operations < 4.8e12
-    cross = gpu_estimate.products('groot_n15', 49, 4)
-    assert sum(2.0 * p.tokens * p.weights * p.times for p in cross) < 1.4e12
+    groot = gpu_estimate.products('groot_n15', 49, 4)
+    # vision 423, backbone 677, context layers 226, blocks 219 with cross keys made once
+    counted = sum(2.0 * p.tokens * p.weights * p.times for p in groot)
+    assert counted == pytest.approx(1.545e12, rel=0.01)
     board = gpu_estimate.BOARDS[0]
     times = {name: gpu_estimate.seconds(found, board, name) for name in gpu_estimate.PRECISIONS}
     assert times['bfloat16'] > times['w8a8'] > times['w4a8'] > 0

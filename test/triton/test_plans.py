@@ -12,8 +12,10 @@ from quantvla_ros.kernels import reference
 from quantvla_ros.kernels.cuda import launch
 from quantvla_ros.policies import flow, savings
 from quantvla_ros.policies.base import DeviceError
+from quantvla_ros.policies.cuda_parts import kernel_part
 from quantvla_ros.policies.loading import HeldLayer
 from quantvla_ros.quant.linear import QuantLinear, replace_linears
+from quantvla_ros.quant.transforms import InputTransform
 
 FAMILIES = list(tiny.MODELS)
 
@@ -21,6 +23,18 @@ FAMILIES = list(tiny.MODELS)
 def served(made, images, words, state, noise, guidance=None):
     scene = made.prefix(images, words.tolist(), state)
     return made.chunk(scene, noise, guidance)
+
+
+def test_what_the_kernels_fuse_of_a_transform():
+    d, swap = torch.rand(64) + 0.5, torch.randperm(64)
+    plain = InputTransform(d).followed_by(InputTransform(hadamard=64))
+    multipliers, rotated = kernel_part(plain)
+    assert rotated and torch.allclose(multipliers, 1 / d)
+    assert kernel_part(InputTransform()) == (None, False)
+    for other in (InputTransform(permutation=swap), InputTransform(hadamard=32),
+                  InputTransform(hadamard=64).followed_by(InputTransform(d)),
+                  InputTransform(blocks=torch.eye(64)[None])):
+        assert kernel_part(other) is None
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -32,8 +46,8 @@ def test_float_plan_computes_what_the_modules_compute(family, device):
 
 
 @pytest.mark.parametrize(('family', 'scheme', 'options'), [
-    ('pi05', 'w4a8', {'rotate': True}), ('pi05', 'w8a8', {'smooth': True}),
-    ('pi0', 'w8a8', {}), ('groot_n15', 'w4a8', {}), ('groot_n15', 'w4a4', {'rotate': True}),
+    ('pi05', 'w4a8', {'rotate': True, 'smooth': True}), ('pi0', 'w8a8', {}),
+    ('groot_n15', 'w4a4', {'rotate': True}),
 ])
 def test_integer_plan_rounds_like_the_layers_on_the_cpu(family, scheme, options, device):
     model = tiny.made(family)

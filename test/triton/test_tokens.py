@@ -81,6 +81,14 @@ def test_static_scale_clips(device):
     assert torch.allclose(out.scale.cpu(), torch.tensor(0.02))
 
 
+def test_diagonal_multiplies_before_the_rotation(device):
+    x, diagonal = torch.randn(2, 128), torch.rand(128) + 0.5
+    out = make(x.to(device), 128, Take(8, 128, True, diagonal=diagonal.to(device)), device)
+    q, scale = reference.quantize_activations(reference.block_hadamard(x * diagonal, 64))
+    assert int((out.data.cpu().int() - q.int()).abs().max()) <= 1
+    assert torch.allclose(out.scale.cpu(), scale.flatten(), rtol=1e-5)
+
+
 @pytest.mark.parametrize('kind', ['rms', 'layer'])
 def test_branch_joins_before_the_modulated_norm(kind, device):
     x, y = torch.randn(3, 200) + 0.5, torch.randn(3, 200)

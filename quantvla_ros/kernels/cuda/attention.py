@@ -87,10 +87,10 @@ def attend(
 
 @jit
 def join(
-    parts, sums, largest, hadamard, out, scale, static, rows, K, KP,
+    parts, sums, largest, diagonal, hadamard, out, scale, static, rows, K, KP,
     BLOCKS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
-    TOP: tl.constexpr, ROTATE: tl.constexpr, STATIC: tl.constexpr, CAST: tl.constexpr,
-    PDL: tl.constexpr,
+    TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr, STATIC: tl.constexpr,
+    CAST: tl.constexpr, PDL: tl.constexpr,
 ):
     """Put the splits of one token together, all heads; grid (rows,). K = HEADS * D."""
     if PDL:
@@ -110,8 +110,8 @@ def join(
         share = tl.exp2(tl.load(largest + line + head) - peak)
         weight += share * tl.load(sums + line + head)
         total += share * tl.load(parts + line * D + column, mask=inside, other=0.0)
-    emit(total / weight, hadamard, out, scale, static, row, K, KP,
-         BLOCKS, TOP, ROTATE, STATIC, CAST)
+    emit(total / weight, diagonal, hadamard, out, scale, static, row, K, KP,
+         BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)
 
 
 @jit

@@ -89,6 +89,7 @@ class Take:
     kp: int
     rotate: bool = False
     static: Tensor | None = None  # float32 (1,)
+    diagonal: Tensor | None = None  # float32 (K,), multiplies before the rotation
 
     @property
     def top(self) -> int:
@@ -165,14 +166,16 @@ def make_tokens(
     token_kernels.tokens[(x.shape[0],)](
         x, b.y, b.bias if b.bias is not None else none, b.gate if b.gate is not None else none,
         x, norm.multiply if norm.multiply is not None else none,
-        norm.add if norm.add is not None else none, signs(x.device), out.data,
+        norm.add if norm.add is not None else none,
+        take.diagonal if take.diagonal is not None else none, signs(x.device), out.data,
         out.scale if out.scale is not None else none,
         take.static if take.static is not None else none,
         x.stride(0), columns, out.data.stride(0), norm.eps,
         BLOCKS=blocks_of(out.data.stride(0)), PAIR=pair, ACT=act, BRANCH=branch is not None,
         BRANCH_BIAS=b.bias is not None, GATE=b.gate is not None, NORM=norm.kind,
         MULTIPLY=norm.multiply is not None, ADD=norm.add is not None, TOP=take.top,
-        ROTATE=take.rotate, STATIC=take.static is not None, CAST=cast_of(x.dtype), PDL=pdl,
+        DIAGONAL=take.diagonal is not None, ROTATE=take.rotate,
+        STATIC=take.static is not None, CAST=cast_of(x.dtype), PDL=pdl,
         num_warps=warps_of(columns), enable_fp_fusion=False, **launched(pdl),
     )
 
@@ -339,11 +342,14 @@ def run_join(
     rows, heads = parts.sums.shape[1:]
     none = nothing(parts.values.device)
     attention_kernels.join[(rows,)](
-        parts.values, parts.sums, parts.largest, signs(parts.values.device), out.data,
+        parts.values, parts.sums, parts.largest,
+        take.diagonal if take.diagonal is not None else none, signs(parts.values.device),
+        out.data,
         out.scale if out.scale is not None else none,
         take.static if take.static is not None else none, rows, heads * width,
         out.data.stride(0), BLOCKS=blocks_of(out.data.stride(0)), D=width, HEADS=heads,
-        SPLIT=split, TOP=take.top, ROTATE=take.rotate, STATIC=take.static is not None,
+        SPLIT=split, TOP=take.top, DIAGONAL=take.diagonal is not None, ROTATE=take.rotate,
+        STATIC=take.static is not None,
         CAST=cast_of(dtype), PDL=pdl, num_warps=warps_of(heads * width),
         enable_fp_fusion=False, **launched(pdl),
     )

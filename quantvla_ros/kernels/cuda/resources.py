@@ -81,13 +81,14 @@ def token_case(columns: int, top: int, rotate: bool, *, pdl: bool = False) -> Ca
     """Branch, modulated norm, and rotated or plain quantization, or floats."""
     stored = 'i8' if top else 'bf16'
     types = {'x': '*bf16', 'branch': '*bf16', 'branch_bias': '*bf16', 'gate': '*fp32',
-             'total': '*bf16', 'multiply': '*fp32', 'add': '*fp32', 'hadamard': '*i8',
+             'total': '*bf16', 'multiply': '*fp32', 'add': '*fp32', 'diagonal': '*fp32',
+             'hadamard': '*i8',
              'out': f'*{stored}', 'scale': '*fp32', 'static': '*fp32', 'x_stride': 'i32',
              'K': 'i32', 'KP': 'i32', 'eps': 'fp32'}
     constants = {'BLOCKS': launch.blocks_of(columns), 'PAIR': False, 'ACT': 'none',
                  'BRANCH': not top, 'BRANCH_BIAS': False, 'GATE': not top, 'NORM': 'rms',
-                 'MULTIPLY': True, 'ADD': True, 'TOP': top, 'ROTATE': rotate, 'STATIC': False,
-                 'CAST': triton.language.bfloat16, 'PDL': pdl}
+                 'MULTIPLY': True, 'ADD': True, 'TOP': top, 'DIAGONAL': rotate,
+                 'ROTATE': rotate, 'STATIC': False, 'CAST': triton.language.bfloat16, 'PDL': pdl}
     name = f'tokens {columns} {"float" if not top else "int8"}{" rotated" if rotate else ""}'
     return Case(name, tokens.tokens, types, constants, launch.warps_of(columns), 3, False)
 
@@ -113,11 +114,12 @@ def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip:
 
 def join_case(heads: int, width: int, parts: int, top: int, rotate: bool) -> Case:
     """The splits of an attention into tokens."""
-    types = {'parts': '*fp32', 'sums': '*fp32', 'largest': '*fp32', 'hadamard': '*i8',
-             'out': '*i8' if top else '*bf16', 'scale': '*fp32', 'static': '*fp32',
-             'rows': 'i32', 'K': 'i32', 'KP': 'i32'}
+    types = {'parts': '*fp32', 'sums': '*fp32', 'largest': '*fp32', 'diagonal': '*fp32',
+             'hadamard': '*i8', 'out': '*i8' if top else '*bf16', 'scale': '*fp32',
+             'static': '*fp32', 'rows': 'i32', 'K': 'i32', 'KP': 'i32'}
     constants = {'BLOCKS': launch.blocks_of(heads * width), 'D': width, 'HEADS': heads,
-                 'SPLIT': parts, 'TOP': top, 'ROTATE': rotate, 'STATIC': False,
+                 'SPLIT': parts, 'TOP': top, 'DIAGONAL': rotate, 'ROTATE': rotate,
+                 'STATIC': False,
                  'CAST': triton.language.bfloat16, 'PDL': False}
     return Case(f'join {heads}x{width} of {parts}', attention.join, types, constants,
                 launch.warps_of(heads * width), 3, False)

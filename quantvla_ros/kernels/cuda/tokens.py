@@ -18,14 +18,16 @@ from quantvla_ros.kernels.cuda.product import activate
 
 @jit
 def emit(
-    x, hadamard, out, scale, static, row, K, KP,
-    BLOCKS: tl.constexpr, TOP: tl.constexpr, ROTATE: tl.constexpr, STATIC: tl.constexpr,
-    CAST: tl.constexpr,
+    x, diagonal, hadamard, out, scale, static, row, K, KP,
+    BLOCKS: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
+    STATIC: tl.constexpr, CAST: tl.constexpr,
 ):
     """Store a token x (BLOCKS, 64): float where TOP is 0, else int8 with its scale."""
     block, lane = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 64)[None, :]
     column = block * 64 + lane
     x = tl.where(column < K, x, 0.0)
+    if DIAGONAL:
+        x = x * tl.load(diagonal + column, mask=column < K, other=0.0)
     if ROTATE:
         signs = tl.load(hadamard + tl.arange(0, 64)[:, None] * 64 + lane)
         x = tl.dot(x.to(CAST), signs.to(CAST), input_precision='ieee') * 0.125
@@ -51,12 +53,12 @@ def emit(
 
 @jit(do_not_specialize=['eps'])
 def tokens(
-    x, branch, branch_bias, gate, total, multiply, add, hadamard, out, scale, static,
+    x, branch, branch_bias, gate, total, multiply, add, diagonal, hadamard, out, scale, static,
     x_stride, K, KP, eps,
     BLOCKS: tl.constexpr, PAIR: tl.constexpr, ACT: tl.constexpr, BRANCH: tl.constexpr,
     BRANCH_BIAS: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MULTIPLY: tl.constexpr,
-    ADD: tl.constexpr, TOP: tl.constexpr, ROTATE: tl.constexpr, STATIC: tl.constexpr,
-    CAST: tl.constexpr, PDL: tl.constexpr,
+    ADD: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
+    STATIC: tl.constexpr, CAST: tl.constexpr, PDL: tl.constexpr,
 ):
     """One token; grid (M,). x (M, x_stride): K columns, or 2 K where PAIR (gate, then up).
 
@@ -93,7 +95,8 @@ def tokens(
         y = y * tl.load(multiply + column, mask=inside, other=0.0)
     if ADD:
         y = y + tl.load(add + column, mask=inside, other=0.0)
-    emit(y, hadamard, out, scale, static, row, K, KP, BLOCKS, TOP, ROTATE, STATIC, CAST)
+    emit(y, diagonal, hadamard, out, scale, static, row, K, KP,
+         BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)
 
 
 @jit

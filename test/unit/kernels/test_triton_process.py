@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,24 +19,43 @@ SIDE = ROOT / '.triton'
 COMPILED = {'test_compile.py'}  # the others are interpreted
 
 
-def environment(file):
-    """Variables of the process. Skips where there is no Triton."""
-    paths = [str(ROOT)]
+def triton():
+    """Folders to import Triton from, [] where every process sees it. Skips where there is none."""
     if (SIDE / 'triton').is_dir():
-        paths.append(str(SIDE))
-    elif importlib.util.find_spec('triton') is None:
+        return [str(SIDE)]
+    if importlib.util.find_spec('triton') is None:
         pytest.skip('Triton is not installed: bash .ci/triton-tools')
+    return []
+
+
+def environment(file):
+    """Variables of the process."""
+    paths = [str(ROOT), *triton()]
     kept = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
     kept.update(PYTHONPATH=os.pathsep.join(paths), QUANTVLA_TRITON_TESTS='1',
                 OMP_NUM_THREADS='1')
     return kept if file in COMPILED else {**kept, 'TRITON_INTERPRET': '1'}
 
 
-@pytest.mark.parametrize('file', sorted(path.name for path in TESTS.glob('test_*.py')))
-def test_gpu_kernels_in_a_process_of_their_own(file):
-    done = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(TESTS / file)],
-        env=environment(file), cwd=ROOT, capture_output=True, text=True, timeout=600)
+FILES = sorted(path.name for path in TESTS.glob('test_*.py'))
+
+
+@pytest.fixture(scope='module')
+def runs():
+    """Every file's process, two at a time: file -> its end, waited for."""
+    def run(file):
+        return subprocess.run(
+            [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(TESTS / file)],
+            env=environment(file), cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+    triton()  # skips before anything starts
+    with ThreadPoolExecutor(2) as pool:
+        yield {file: pool.submit(run, file) for file in FILES}
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_gpu_kernels_in_a_process_of_their_own(runs, file):
+    done = runs[file].result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r'\d+ passed', done.stdout), done.stdout
 
