@@ -21,7 +21,14 @@ from quantvla_ros.bench import gpu_gemm, gpu_tiny
 from quantvla_ros.bench.gpu_time import Bench, relative
 from quantvla_ros.kernels import reference
 from quantvla_ros.kernels.cuda import launch
-from quantvla_ros.kernels.cuda.launch import Keys, Parts, Split, Take, Tokens
+from quantvla_ros.kernels.cuda.launch import Take, Tokens
+from quantvla_ros.kernels.cuda.launch_attention import (
+    Keys,
+    Parts,
+    Split,
+    run_attend,
+    run_join,
+)
 from quantvla_ros.kernels.cuda.pack import padded_columns
 from quantvla_ros.kernels.cuda.tiles import Tile
 from quantvla_ros.policies.loading import HeldLayer
@@ -91,10 +98,10 @@ def _attention(bench: Bench) -> dict[str, tuple[float, float]]:
     parts = Parts.make(4, tokens, heads, width, bench.device)
     for part in (parts.values, parts.sums, parts.largest):
         part.fill_(torch.nan)
-    launch.run_attend(q, Keys(k, v, 1, width, tokens, length), heads, parts,
+    run_attend(q, Keys(k, v, 1, width, tokens, length), heads, parts,
                       Split(16, 32, 4, 4, 2))
     out = Tokens(torch.full((tokens, heads * width), torch.nan, device=bench.device))
-    launch.run_join(parts, 4, width, Take(16, heads * width), out, bench.dtype)
+    run_join(parts, 4, width, Take(16, heads * width), out, bench.dtype)
     wanted = softmax(q, k[:total], v[:total], heads)
     return {'attention over a cached prefix': (relative(out.data, wanted),
                                                1e-6 if bench.dry else 4e-3)}

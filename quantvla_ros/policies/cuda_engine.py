@@ -19,8 +19,9 @@ from torch import Tensor
 
 from quantvla_ros.policies.base import DeviceError
 from quantvla_ros.policies.cuda_groot import GrootPlan
-from quantvla_ros.policies.cuda_parts import ModelSource, pdl_for
+from quantvla_ros.policies.cuda_parts import pdl_for
 from quantvla_ros.policies.cuda_pi import Inputs, PiPlan
+from quantvla_ros.policies.cuda_source import ModelSource
 from quantvla_ros.policies.flow import PrefixGuidance
 from quantvla_ros.policies.groot_n15 import IMAGE
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantvla_ros.kernels.cuda.launch import Keys, Norm, Take, Tokens, Turn, run_euler
+from quantvla_ros.kernels.cuda.launch import Norm, Take, Tokens, run_euler
+from quantvla_ros.kernels.cuda.launch_attention import Keys, Turn
 from quantvla_ros.policies.cuda_layers import (
     CachedAttention,
     GatedMlp,
@@ -30,13 +31,13 @@ from quantvla_ros.policies.cuda_parts import (
     FloatProjection,
     Group,
     Machine,
-    Source,
     Stream,
     gains,
     project,
     small,
 )
 from quantvla_ros.policies.cuda_pi import Inputs
+from quantvla_ros.policies.cuda_source import Source
 from quantvla_ros.policies.flow import guidance_weight
 from quantvla_ros.policies.groot_n15 import EPS, GrootConditions
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantvla_ros.kernels.cuda import launch
-from quantvla_ros.kernels.cuda.launch import Epilogue, Keys, Norm, Tokens, Turn
+from quantvla_ros.kernels.cuda import launch_attention as attention
+from quantvla_ros.kernels.cuda.launch import Epilogue, Norm, Tokens
+from quantvla_ros.kernels.cuda.launch_attention import Keys, Turn
 from quantvla_ros.policies.blocks import rotary
 from quantvla_ros.policies.cuda_parts import (
     FloatProjection,
@@ -19,12 +21,12 @@ from quantvla_ros.policies.cuda_parts import (
     IntegerProjection,
     Machine,
     Projection,
-    Source,
     Stream,
     gains,
     project,
     same_take,
 )
+from quantvla_ros.policies.cuda_source import Source
 from quantvla_ros.policies.siglip import EPS as VISION_EPS
 from quantvla_ros.policies.siglip import VisionConfig
 
@@ -126,21 +128,21 @@ def attend_and_add(
 ) -> None:
     """stream += gate * output(attention of q over keys)."""
     rows, width = q.shape[0], keys.width
-    split = launch.choose_split(rows * heads // keys.groups, keys.most or keys.extra,
+    split = attention.choose_split(rows * heads // keys.groups, keys.most or keys.extra,
                                 keys.groups, width, machine.chip)
     take = output.take(step)
     if split.parts == 1:
         seen = machine.scratch('attended', rows, heads * width)
-        launch.run_attend(q, keys, heads, seen, split, causal=causal, pdl=machine.pdl)
+        attention.run_attend(q, keys, heads, seen, split, causal=causal, pdl=machine.pdl)
         made = Tokens(seen)
         if take.top:
             made = machine.tokens(rows, take)
             launch.make_tokens(seen, heads * width, take, made, pdl=machine.pdl)
     else:
         parts = machine.parts(split.parts, rows, heads, width)
-        launch.run_attend(q, keys, heads, parts, split, causal=causal, pdl=machine.pdl)
+        attention.run_attend(q, keys, heads, parts, split, causal=causal, pdl=machine.pdl)
         made = machine.tokens(rows, take)
-        launch.run_join(parts, split.parts, width, take, made, machine.dtype, pdl=machine.pdl)
+        attention.run_join(parts, split.parts, width, take, made, machine.dtype, pdl=machine.pdl)
     stream.add(output, made, gate, step)
 
 
@@ -210,7 +212,7 @@ class CachedAttention:
         heads = 0 if self.last else t.heads
         q = m.scratch('q', rows, t.heads * t.width)
         turn = Turn(heads, t.groups, t.width, t.cosine, t.sine, t.q_norm, t.k_norm, t.eps)
-        launch.run_turn(qkv, turn, q, cache[0], cache[1], length if behind else None, pdl=m.pdl)
+        attention.run_turn(qkv, turn, q, cache[0], cache[1], length if behind else None, pdl=m.pdl)
         if self.output is None:
             return
         keys = Keys(cache[0], cache[1], t.groups, t.width, rows if behind else 0, length,
@@ -255,8 +257,8 @@ class VisionTower:
         self.patch.product(Tokens(self.patches(images)), x)
         x.view(count, c.tokens, c.width).add_(self.position)
         stream = Stream(m, x)
-        for norms, attention, mlp in zip(self.norms, self.attentions, self.mlps, strict=True):
-            attention.run_images(stream, norms[0], count)
+        for norms, block, mlp in zip(self.norms, self.attentions, self.mlps, strict=True):
+            block.run_images(stream, norms[0], count)
             mlp.run(stream, norms[1])
         out = m.scratch('seen', x.shape[0], self.projector.n)
         tokens = stream.tokens(self.projector.take(), self.norm)

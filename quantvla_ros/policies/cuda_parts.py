@@ -11,12 +11,13 @@ Float and integer projections stand side by side in one plan: each says how it t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantvla_ros.kernels.cuda import launch, tiles
+from quantvla_ros.kernels.cuda import launch_attention as attention
 from quantvla_ros.kernels.cuda.launch import (
     NO_EPILOGUE,
     PLAIN,
@@ -28,59 +29,9 @@ from quantvla_ros.kernels.cuda.launch import (
     Workspace,
 )
 from quantvla_ros.kernels.cuda.pack import DeviceWeight, stack_rows, to_device
-from quantvla_ros.policies.loading import HeldLayer
+from quantvla_ros.policies.cuda_source import Source
 from quantvla_ros.quant.linear import KERNEL_HADAMARD, QuantizedLayer
 from quantvla_ros.quant.transforms import InputTransform, from_tensors
-
-Linear = nn.Linear | QuantizedLayer
-
-
-class Source(Protocol):
-    """Where a plan finds its weights. Names are those of the family's modules."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def linear(self, name: str) -> Linear:
-        """A linear layer: float with its values on the device, or quantized."""
-
-    def value(self, name: str) -> Tensor:
-        """A parameter on the device, in its own type."""
-
-    def conditions(self, steps: int) -> Sequence[Any]:
-        """What the model says of each denoising time; see savings.condition_table."""
-
-
-class ModelSource:
-    """Weights of a loaded model, with quantized layers in the places of some linears.
-
-    kind: scheme of its quantized layers without the group, or 'float'.
-    """
-
-    def __init__(
-        self, model: Any, device: torch.device, dtype: torch.dtype, conditions: Sequence[Any]
-    ) -> None:
-        self.model, self.device, self.dtype = model, device, dtype
-        self._conditions = conditions
-        held = [m.layer for m in model.modules() if isinstance(m, HeldLayer) and m.layer]
-        self.kind = held[0].scheme.name.partition('g')[0] if held else 'float'
-
-    def linear(self, name: str) -> Linear:
-        """See Source. A quantized layer is handed over, once."""
-        module = self.model.get_submodule(name)
-        if isinstance(module, HeldLayer):
-            return module.give()
-        return module.to(self.device, self.dtype)
-
-    def value(self, name: str) -> Tensor:
-        """See Source."""
-        return self.model.get_parameter(name).detach().to(self.device)
-
-    def conditions(self, steps: int) -> Sequence[Any]:
-        """See Source."""
-        if len(self._conditions) != steps:
-            raise ValueError(f'{len(self._conditions)} conditions for {steps} steps')
-        return self._conditions
 
 
 class Machine:
@@ -110,10 +61,10 @@ class Machine:
         return Tokens(self.scratch('codes', rows, take.kp, dtype=torch.int8),
                       self.scratch('scales', rows, dtype=torch.float32))
 
-    def parts(self, splits: int, rows: int, heads: int, width: int) -> launch.Parts:
+    def parts(self, splits: int, rows: int, heads: int, width: int) -> attention.Parts:
         """Room for the splits of an attention."""
         floats = torch.float32
-        return launch.Parts(
+        return attention.Parts(
             self.scratch('part values', splits, rows, heads * width, dtype=floats),
             self.scratch('part sums', splits, rows, heads, dtype=floats),
             self.scratch('part largest', splits, rows, heads, dtype=floats))

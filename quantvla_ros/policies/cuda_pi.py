@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantvla_ros.kernels.cuda.launch import Norm, Tokens, Turn, run_euler
+from quantvla_ros.kernels.cuda.launch import Norm, Tokens, run_euler
+from quantvla_ros.kernels.cuda.launch_attention import Turn
 from quantvla_ros.policies.cuda_layers import (
     CachedAttention,
     GatedMlp,
@@ -23,7 +24,8 @@ from quantvla_ros.policies.cuda_layers import (
     VisionTower,
     rms_gain,
 )
-from quantvla_ros.policies.cuda_parts import FloatProjection, Machine, Source, Stream, small
+from quantvla_ros.policies.cuda_parts import FloatProjection, Machine, Stream, small
+from quantvla_ros.policies.cuda_source import Source
 from quantvla_ros.policies.flow import guidance_weight
 from quantvla_ros.policies.gemma import EPS, GemmaConfig
 

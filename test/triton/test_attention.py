@@ -6,12 +6,11 @@ import torch
 from cases import error, poisoned
 
 from quantvla_ros.kernels import reference
-from quantvla_ros.kernels.cuda.launch import (
+from quantvla_ros.kernels.cuda.launch import Take, Tokens
+from quantvla_ros.kernels.cuda.launch_attention import (
     Keys,
     Parts,
     Split,
-    Take,
-    Tokens,
     Turn,
     run_attend,
     run_join,

@@ -9,7 +9,7 @@ from cases import error
 
 from quantvla_ros.bench import gpu_tiny as tiny
 from quantvla_ros.kernels import reference
-from quantvla_ros.kernels.cuda import launch
+from quantvla_ros.kernels.cuda import launch, launch_attention
 from quantvla_ros.policies import flow, savings
 from quantvla_ros.policies.base import DeviceError
 from quantvla_ros.policies.cuda_parts import kernel_part
@@ -82,7 +82,8 @@ def test_split_attention_changes_nothing(device, monkeypatch):
     model = tiny.made('groot_n15')
     inputs = tiny.inputs(model)
     wanted = tiny.chunk(model, *inputs)
-    monkeypatch.setattr(launch, 'choose_split', lambda *_: launch.Split(16, 16, 2, 4, 2))
+    monkeypatch.setattr(launch_attention, 'choose_split',
+                        lambda *_: launch_attention.Split(16, 16, 2, 4, 2))
     assert error(served(tiny.engine('groot_n15', model, device), *inputs), wanted) < 2e-5
 
 

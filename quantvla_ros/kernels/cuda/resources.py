@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantvla_ros.kernels.cuda import attention, interpreted, launch, product, tokens
+from quantvla_ros.kernels.cuda import (
+    attention,
+    interpreted,
+    launch,
+    launch_attention,
+    product,
+    tokens,
+)
 from quantvla_ros.kernels.cuda.language import triton
 from quantvla_ros.kernels.cuda.tiles import Chip, Problem, Tile, choose
 
@@ -97,7 +104,7 @@ def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip:
                 *, causal: bool = False, pdl: bool = False) -> Case:
     """Attention as choose_split cuts it."""
     share = heads // groups
-    split = launch.choose_split(rows * share, keys, groups, width, chip)
+    split = launch_attention.choose_split(rows * share, keys, groups, width, chip)
     out = '*bf16' if split.parts == 1 else '*fp32'
     numbers = ('rows', 'extra', 'q_stride', 'k_stride', 'v_stride', 'out_stride', 'k_batch',
                'v_batch', 'tokens')
