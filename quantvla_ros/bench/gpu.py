@@ -26,6 +26,7 @@ SECTIONS = {
     'ceilings': 'what this card copies and multiplies at best',
     'chunk': 'whole chunks of full-size networks at every precision',
     'memory': 'peak device memory of whole processes',
+    'attention': 'attention and its splits against the library',
     'gemm': 'every product against the libraries',
     'ros': 'the policy node serving the full-size network',
     'sanitize': 'the checks under compute-sanitizer',
@@ -62,7 +63,14 @@ def chosen(args: argparse.Namespace) -> list[str]:
 
 def runners() -> dict[str, Callable[[Any], Any]]:
     """Section -> function of the bench. Imports what needs Triton."""
-    from quantvla_ros.bench import gpu_check, gpu_chunk, gpu_gemm, gpu_ros, gpu_time
+    from quantvla_ros.bench import (
+        gpu_attention,
+        gpu_check,
+        gpu_chunk,
+        gpu_gemm,
+        gpu_ros,
+        gpu_time,
+    )
 
     def ceilings(bench: Any) -> Any:
         found = gpu_time.ceilings(bench)
@@ -75,8 +83,8 @@ def runners() -> dict[str, Callable[[Any], Any]]:
         return gpu_gemm.table(bench, known)
 
     return {'check': gpu_check.checks, 'ceilings': ceilings, 'chunk': gpu_chunk.chunks,
-            'memory': gpu_chunk.memory, 'gemm': gemm, 'ros': gpu_ros.serve,
-            'sanitize': gpu_check.sanitize}
+            'memory': gpu_chunk.memory, 'attention': gpu_attention.table, 'gemm': gemm,
+            'ros': gpu_ros.serve, 'sanitize': gpu_check.sanitize}
 
 
 def make_bench(args: argparse.Namespace) -> Any:
@@ -96,7 +104,8 @@ def make_bench(args: argparse.Namespace) -> Any:
         raise ValueError(f'unset {interpreted.VARIABLE}, or take --dry')
     if not torch.cuda.is_available():
         raise ValueError('no GPU that torch can use; --only estimate,compile and --dry need none')
-    return Bench(torch.device('cuda'), False, args.quick, Deadline(args.budget))
+    return Bench(torch.device('cuda'), False, args.quick, Deadline(args.budget),
+                 thorough=bool(args.only) and not args.quick)
 
 
 def compile_report(_: Any) -> list[dict[str, Any]]:

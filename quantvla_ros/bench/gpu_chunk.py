@@ -22,7 +22,7 @@ import torch
 from quantvla_ros.bench import gpu_tiny
 from quantvla_ros.bench.gpu_source import Precision, RandomSource, resized
 from quantvla_ros.bench.gpu_time import Bench, Deadline, milliseconds, tried
-from quantvla_ros.kernels.cuda import launch
+from quantvla_ros.kernels.cuda import launch, tiles
 from quantvla_ros.policies.cuda_engine import Graphs, make_plan
 from quantvla_ros.policies.full_size import full_size
 
@@ -159,17 +159,18 @@ def chunks(bench: Bench) -> dict[str, Any]:
     """Print and return the table of whole chunks."""
     chip = launch.chip_of(bench.device)
     settings = SETTINGS[:1] + SETTINGS[2:3] if bench.quick or bench.dry else SETTINGS
-    chosen = PRECISIONS[:4] if bench.quick or bench.dry else PRECISIONS
     if not bench.dry:
-        warm_caches(settings, chosen, bench)
+        warm_caches(settings, bench)
     found: dict[str, Any] = {}
     for setting in settings:
         rows: dict[str, Any] = {}
-        for precision in chosen:
+        whole = setting is settings[0] and not (bench.quick or bench.dry)
+        for precision in PRECISIONS if whole or bench.thorough else PRECISIONS[:4]:
             if bench.deadline.left_s() < 30:
                 print(f'  {setting.name} {precision.name}: not measured, the time is up')
                 continue
-            for pdl in ([False, True] if chip.hopper else [False]):
+            stored = tiles.use_pdl(precision.scheme, chip)
+            for pdl in ([False, True] if whole and chip.hopper else [stored]):
                 value, why = tried(partial(measure, setting, precision, bench, pdl=pdl))
                 free()
                 name = precision.name + (' early launch' if pdl else '')
@@ -203,24 +204,27 @@ def show(setting: Setting, rows: dict[str, Any]) -> None:
 # processes of their own ------------------------------------------------------------------------
 
 
-def child(setting: Setting, precision: Precision, *, base: int, pdl: bool = False) -> Any:
+def child(setting: Setting, precision: Precision, *, base: int, warm: bool = False) -> Any:
     """Start a process that builds one network, runs it, and tells what memory it took."""
     command = [sys.executable, '-m', 'quantvla_ros.bench.gpu_chunk', json.dumps({
-        'setting': vars(setting), 'precision': vars(precision), 'base': base, 'pdl': pdl})]
+        'setting': vars(setting), 'precision': vars(precision), 'base': base, 'warm': warm})]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def warm_caches(
-    settings: tuple[Setting, ...], chosen: tuple[Precision, ...], bench: Bench
-) -> None:
-    """Compile all kernels in parallel: a run then finds them in Triton's cache on disk."""
+def warm_caches(settings: tuple[Setting, ...], bench: Bench) -> None:
+    """Compile most kernels in parallel: a run then finds them in Triton's cache on disk.
+
+    Steps share all kernels and precisions many, so one of each kind is built.
+    """
     free_bytes, _ = torch.cuda.mem_get_info()
-    room = max(1, min(int(free_bytes // (14 << 30)), (os.cpu_count() or 2) // 2))
-    waiting = [(s, p) for s in settings for p in chosen]
+    room = max(1, min(int(free_bytes // (9 << 30)), os.cpu_count() or 2))
+    first = {(s.family, s.horizon): s for s in reversed(settings)}.values()
+    kinds = [FLOAT, Precision('w8a8'), Precision('w4a8', rotate=True)]
+    waiting = [(s, p) for s in reversed(list(first)) for p in kinds]
     running: list[Any] = []
     while waiting or running:
         while waiting and len(running) < room:
-            running.append(child(*waiting.pop(0), base=0))
+            running.append(child(*waiting.pop(0), base=0, warm=True))
         ended = running.pop(0)
         _, errors = ended.communicate(timeout=max(30.0, bench.deadline.left_s()))
         if ended.returncode:
@@ -234,7 +238,7 @@ def memory(bench: Bench) -> dict[str, Any]:
         print('  needs a card: a process on the CPU has no device memory')
         return found
     for setting in (SETTINGS[0], SETTINGS[2]):
-        for precision in PRECISIONS[:4]:
+        for precision in PRECISIONS[:3]:
             if bench.deadline.left_s() < 20:
                 print(f'  {setting.family} {precision.name}: not measured, the time is up')
                 continue
@@ -260,7 +264,15 @@ def main(argument: str) -> int:
     asked = json.loads(argument)
     setting, precision = Setting(**asked['setting']), Precision(**asked['precision'])
     bench = Bench(torch.device('cuda'), False, True, Deadline(600))
-    graphs = build(setting, precision, bench, pdl=asked['pdl'])
+    chip = launch.chip_of(bench.device)
+    early = tiles.use_pdl(precision.scheme, chip)
+    graphs = build(setting, precision, bench, pdl=early)
+    if asked['warm']:  # only for what it leaves in the cache
+        if chip.hopper:
+            del graphs
+            free()
+            build(setting, precision, bench, pdl=not early)
+        return 0
     mib = 1 / (1 << 20)
     loaded = torch.cuda.max_memory_reserved()
     torch.cuda.empty_cache()

@@ -156,8 +156,9 @@ def libraries(shape: tuple[int, int, int], bench: Bench) -> dict[str, Callable[[
 
         return _modules(made, x, bench)
 
-    return {'bfloat16': floats, '_int_mm': int_mm, 'fp8': fp8, 'gemlite +q': gemlite,
-            'torchao +q': torchao}
+    found = {'bfloat16': floats, '_int_mm': int_mm, 'fp8': fp8}
+    # peers compile or tune for seconds at every shape
+    return {**found, 'gemlite +q': gemlite, 'torchao +q': torchao} if bench.thorough else found
 
 
 def _linear(n: int, k: int, bench: Bench) -> nn.Linear:
@@ -197,8 +198,8 @@ def row(shape: tuple[int, int, int], bench: Bench, ceiling: dict[str, float]) ->
 def table(bench: Bench, ceiling: dict[str, float]) -> list[dict[str, Any]]:
     """Print and return all rows that fit into the time."""
     shapes = DRY if bench.dry else QUICK if bench.quick else SHAPES
-    columns = (*OURS, 'tokens', 'tokens rotated', 'bfloat16', '_int_mm', 'fp8', 'gemlite +q',
-               'torchao +q')
+    peers = ('gemlite +q', 'torchao +q') if bench.thorough else ()
+    columns = (*OURS, 'tokens', 'tokens rotated', 'bfloat16', '_int_mm', 'fp8', *peers)
     print('  microseconds; in brackets the share of the ceiling that bytes or operations set')
     print('  ' + 'tokens x rows x columns'.ljust(24) + ''.join(c.rjust(15) for c in columns))
     rows = []

@@ -22,6 +22,7 @@ from quantvla_ros.contract import Contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.cuda_engine import Graphs, make_plan
+from quantvla_ros.policies.cuda_parts import pdl_for
 
 WORDS = 60
 
@@ -40,7 +41,8 @@ class RandomPi05(ConstantTime):
                               self._bench.dtype, model)
         with torch.inference_mode():
             plan = make_plan('pi05', source, model.config, steps=2 if tiny else 10,
-                             cameras=len(contract.cameras), words=4 if tiny else WORDS)
+                             cameras=len(contract.cameras), words=4 if tiny else WORDS,
+                             pdl=pdl_for(source.kind, device))
             plan.inputs.words.normal_()
             plan.inputs.length.fill_(plan.capacity)
             self._graphs = Graphs(plan, device)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantvla_ros.kernels.cuda.launch import Norm, Take, Tokens, run_euler
+from quantvla_ros.kernels.cuda.launch import PLAIN, Norm, Take, Tokens, run_euler
 from quantvla_ros.kernels.cuda.launch_attention import Keys, Turn
 from quantvla_ros.policies.cuda_layers import (
     CachedAttention,
@@ -189,7 +189,7 @@ class GrootPlan:
                                          self.context_mlps, strict=True):
             attention.run(stream, norms[0], i.length)
             mlp.run(stream, norms[1])
-        self.context.run(stream, Norm(), self.cache)
+        self.context.run(stream, PLAIN, self.cache)
         hidden = F.relu(F.linear(i.state, self.state[0].weight, self.state[0].bias))
         self.start[0].copy_(F.linear(hidden, self.state[1].weight, self.state[1].bias))
         self.start[1:].copy_(self.future)

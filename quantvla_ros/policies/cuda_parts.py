@@ -317,7 +317,7 @@ class Stream:
 
     def tokens(self, take: Take, norm: Norm = PLAIN) -> Tokens:
         """Take in what waits, norm, and turn into tokens."""
-        if take.top == 0 and norm == PLAIN and self.waiting is None:
+        if take.top == 0 and norm is PLAIN and self.waiting is None:
             return Tokens(self.x)
         out = self.machine.tokens(self.x.shape[0], take)
         launch.make_tokens(self.x, self.x.shape[1], take, out, norm=norm, branch=self.waiting,

@@ -33,7 +33,7 @@ def test_every_section_runs_and_keeps_its_figures(tmp_path, capsys, device, monk
     monkeypatch.setattr(gpu_chunk, 'SETTINGS', (gpu_chunk.Setting('pi05', 3, 2),))
     monkeypatch.setattr(gpu_chunk, 'PRECISIONS',
                         (Precision('float'), Precision('w4a8', rotate=True)))
-    words = ['--only', 'estimate,check,ceilings,gemm,chunk,memory,ros,sanitize']
+    words = ['--only', 'estimate,check,ceilings,attention,gemm,chunk,memory,ros,sanitize']
     assert gpu.run(arguments(tmp_path, *words)) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / 'figures.json').read_text())

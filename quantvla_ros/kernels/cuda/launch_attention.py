@@ -45,8 +45,8 @@ def choose_split(rows: int, keys: int, heads: int, width: int, chip: Chip) -> Sp
         return Split(128 if chip.hopper else 64, 32 if wide else 64, 1, 8, 2)
     bq = 16 if rows <= 16 else 32 if rows <= 32 else 64
     tiles = -(-rows // bq) * heads
-    parts = 1
-    while tiles * parts * 2 <= 2 * chip.processors and keys // (parts * 2) >= 32:
+    parts = 1  # the join reads every part of every token, so that more soon cost what they save
+    while parts < 8 and tiles * parts <= chip.processors and keys // (parts * 2) >= 32:
         parts *= 2
     return Split(bq, 32 if wide else 64, parts, 4 if not wide else 8, 2)
 

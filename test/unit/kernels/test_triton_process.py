@@ -16,7 +16,7 @@ import quantvla_ros
 ROOT = Path(quantvla_ros.__file__).resolve().parent.parent
 TESTS = ROOT / 'test' / 'triton'
 SIDE = ROOT / '.triton'
-COMPILED = {'test_compile.py'}  # the others are interpreted
+COMPILED = {'test_compile.py', 'test_launch.py'}  # the others are interpreted
 
 
 def triton():
