@@ -12,6 +12,7 @@ demo: $(STAMP)
 
 test: lint
 	bash .ci/arm-tools
+	bash .ci/triton-tools $(PY)
 	$(PY) -m pytest
 
 lint: $(STAMP)

@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'bench calibration': (
         'quantvla_ros.bench.calibration', 'Time a calibration, and a policy node beside one.',
     ),
+    'bench gpu': ('quantvla_ros.bench.gpu', 'Check and time the GPU kernels and whole chunks.'),
     'bench kernels': ('quantvla_ros.bench.kernels', 'Integer kernels against peak and peers.'),
     'bench bags': ('quantvla_ros.bench.bags', 'Time and memory of reading a bag.'),
     'bench recipes': ('quantvla_ros.bench.recipes', 'Action error and bytes of every recipe.'),

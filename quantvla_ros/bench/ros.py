@@ -97,7 +97,10 @@ def answer(process: subprocess.Popen[str]) -> Figures:
 class Node:
     """A policy node with a test policy beside the bench's robot; a context."""
 
-    def __init__(self, kind: str, policy_s: float, seconds: float) -> None:
+    def __init__(
+        self, kind: str, policy_s: float, seconds: float, policy: str = 'constant_time',
+        device: str = 'cpu',
+    ) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix='quantvla_bench_')
         root = Path(self.folder.name)
         self.log = root / 'policy.jsonl'
@@ -105,8 +108,8 @@ class Node:
         contract = _contract(root)
         model = f'{kind} {policy_s} {self.log}'
         (process,) = graph_named('robot').processes({
-            'contract': contract, 'policy': 'constant_time', 'model': model, 'dds': 'local',
-            'log_level': 'fatal', 'params_file': _parameters(root)})
+            'contract': contract, 'policy': policy, 'model': model, 'dds': 'local',
+            'log_level': 'fatal', 'params_file': _parameters(root, device)})
         self.seconds = seconds
         self.robot = part('robot', seconds + WARM_S, 'local', contract)
         self.node = subprocess.Popen(
@@ -150,11 +153,12 @@ def _contract(root: Path) -> str:
     return str(path)
 
 
-def _parameters(root: Path) -> str:
+def _parameters(root: Path, device: str) -> str:
     """Write the patient parameters, without blending: a command then shows its chunk at once."""
     data = yaml.safe_load(share_path('config/slow_machine.yaml').read_text())
     (values,) = data.values()
     values['ros__parameters']['player'] = {'blend_s': 0.001}
+    values['ros__parameters']['device'] = device
     path = root / 'parameters.yaml'
     path.write_text(yaml.safe_dump(data))
     return str(path)

@@ -77,19 +77,35 @@ def prepare(
     activation: str = 'none',
     up: Weight | None = None,
     up_bias: Tensor | None = None,
+    device: str = 'cpu',
 ) -> Layer:
     """Make a Layer: once, at load. See reference.linear for what it computes.
 
     act_bits 8, 4 or 3; hadamard 0 or 64; activation 'none', 'silu' or 'gelu_tanh' of the product;
     up: a second weight whose product multiplies the activated first one (gated MLP).
+    device: 'cpu', or 'cuda' for the Triton kernels, where tokens of 4 bits run as 8-bit ones.
     Raises ValueError with a sentence for what no kernel serves.
     """
     options = Options(act_bits, hadamard, activation)
     check_layer(weight, bias, options, up, up_bias)
+    if device != 'cpu':
+        return _on_gpu(weight, bias, options, up, up_bias, device)
     kernels = library()
     if kernels is None:
         return ReferenceLayer(weight, bias, options, up, up_bias)
     return make_native(kernels, weight, bias, options, up, up_bias)
+
+
+def _on_gpu(
+    weight: Weight, bias: Tensor | None, options: Options, up: Weight | None,
+    up_bias: Tensor | None, device: str,
+) -> Layer:
+    # imported here: Triton must not be loaded by a process that runs on the CPU
+    import torch
+
+    from quantvla_ros.kernels.cuda.layer import CudaLayer
+
+    return CudaLayer(weight, bias, options, up, up_bias, torch.device(device))
 
 
 def linear(

@@ -89,6 +89,9 @@ class Layer:
         if x.dtype not in DTYPES or x.device.type != 'cpu':
             raise ValueError(f'x is {x.dtype} on {x.device}; expected float32, bfloat16 or '
                              'float16 on the CPU')
+        self._refuse_shapes(x, residual, gate)
+
+    def _refuse_shapes(self, x: Tensor, residual: Tensor | None, gate: Tensor | None) -> None:
         if x.ndim < 1 or x.shape[-1] != self.k:
             raise ValueError(f'x has shape {tuple(x.shape)}; expected (..., {self.k})')
         shape = (*x.shape[:-1], self.n)

@@ -26,6 +26,7 @@ from quantvla_ros.control.latency import LatencyTracker
 from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.nodes.handover import Handover, Kept
+from quantvla_ros.policies.base import DeviceError
 
 if TYPE_CHECKING:
     from quantvla_ros.nodes.shadow import Shadow
@@ -191,6 +192,10 @@ class Inference:
             return
         except ValueError as error:
             self._failed(episode, 'policy_refused', f'the policy refused: {error}')
+            return
+        except DeviceError as error:
+            self.on_trouble(str(error))
+            self._failed(episode, 'device_failed', str(error))
             return
         except Exception as error:  # a border: a bug of a policy must not end the thread
             self.on_trouble(f'the policy raised:\n{traceback.format_exc()}')

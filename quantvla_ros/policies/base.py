@@ -19,6 +19,10 @@ from quantvla_ros.contract import Contract
 from quantvla_ros.observation import Observation
 
 
+class DeviceError(RuntimeError):
+    """The accelerator failed; no later call on it can succeed in this process."""
+
+
 @dataclass(frozen=True)
 class PolicySettings:
     """What a policy is made with; a policy ignores what does not concern it.
@@ -89,6 +93,7 @@ POLICIES: dict[str, str] = {
     'hold': 'quantvla_ros.policies.base:HoldPolicy',
     'expert': 'quantvla_ros.sim.expert_policy:ExpertPolicy',
     'constant_time': 'quantvla_ros.bench.ros_policy:ConstantTime',  # for `quantvla bench ros`
+    'random_pi05': 'quantvla_ros.bench.gpu_policy:RandomPi05',  # for `quantvla bench gpu`
     'pi05': 'quantvla_ros.policies.runtime:FlowPolicy',
     'pi0': 'quantvla_ros.policies.runtime:FlowPolicy',
     'groot_n15': 'quantvla_ros.policies.runtime:FlowPolicy',

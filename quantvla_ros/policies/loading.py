@@ -25,12 +25,14 @@ from quantvla_ros.quant.artifact import JSON_NAME, ArtifactError, ArtifactReader
 from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear, replace_linears
 from quantvla_ros.quant.recipes import find_recipe
 from quantvla_ros.quant.scheme import Scheme, parse_scheme
-from quantvla_ros.quant.simulate import simulate
 from quantvla_ros.quant.stream import page, round_streamed
 
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16}
 ROUNDED = 'rounded to nearest while it was read'
 TIMED = ('time_in.', 'time_out.', 'last_modulation.', 'action_time_in.')
+
+# families whose network is planned for the GPU as a whole (policies/cuda_engine.py)
+PLANNED = ('pi05', 'pi0', 'groot_n15')
 
 # (network, folder, precision, device) -> where its layers came from, in words
 Install = Callable[[Stored, Folder, str, str], str]
@@ -68,7 +70,7 @@ def install(stored: Stored, folder: Folder, precision: str, device: str) -> str:
     """Give a network its layers at a precision. Raises ValueError or ArtifactError."""
     origin = precision
     if precision not in DTYPES:
-        make: Make = QuantLinear if device == 'cpu' else _simulated(device)
+        make = _make(folder.family, device)
         found = find_artifact(folder.path, precision)
         if found is not None:
             _from_artifact(stored, found, make)
@@ -76,8 +78,38 @@ def install(stored: Stored, folder: Folder, precision: str, device: str) -> str:
         else:
             _rounded(stored, scheme_of(folder.path, precision), make)
             origin = ROUNDED
-    _finish(stored, DTYPES.get(precision, torch.float32), device)
+    _finish(stored, dtype_of(precision, device), device)
     return origin
+
+
+def dtype_of(precision: str, device: str) -> torch.dtype:
+    """Type of what is not quantized: what a CPU multiplies best, and what a GPU does."""
+    rest = torch.float32 if device == 'cpu' else torch.bfloat16
+    return DTYPES.get(precision, rest)
+
+
+class HeldLayer(nn.Module):
+    """Keeps a quantized layer in its place until a plan for the GPU takes it. Runs nothing."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.layer: QuantizedLayer | None = layer
+
+    def give(self) -> QuantizedLayer:
+        """Hand the layer over; it is not held twice."""
+        layer, self.layer = self.layer, None
+        if layer is None:
+            raise RuntimeError('a plan has taken this layer already')
+        return layer
+
+
+def _make(family: str, device: str) -> Make:
+    """What stands in the place of a quantized linear."""
+    if device == 'cpu':
+        return QuantLinear
+    if family in PLANNED:
+        return HeldLayer
+    return partial(QuantLinear, device=device)
 
 
 def install_paged(stored: Stored, folder: Folder, precision: str, device: str) -> str:
@@ -92,10 +124,6 @@ def _finish(stored: Stored, dtype: torch.dtype, device: str) -> None:
     """The table of words on disk, everything else that is left in memory."""
     stored.model.embedding = DiskEmbedding(partial(stored.rows, 'embedding.weight'), dtype)
     stored.fill(dtype=dtype, device=device)
-
-
-def _simulated(device: str) -> Make:
-    return lambda layer: simulate(layer).to(device)
 
 
 def _from_artifact(stored: Stored, folder: Path, make: Make) -> None:

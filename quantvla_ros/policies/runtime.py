@@ -26,7 +26,7 @@ from quantvla_ros.policies.agreement import read_agreement
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.door import Door
 from quantvla_ros.policies.folders import Served, identify
-from quantvla_ros.policies.loading import DTYPES, Install, fixed_times, install
+from quantvla_ros.policies.loading import PLANNED, Install, dtype_of, fixed_times, install
 from quantvla_ros.quant.linear import denoising_step
 
 # family -> 'module:function' that reads a folder of it
@@ -77,7 +77,7 @@ class FlowPolicy:
         served = opener(folder.family)(folder, agreement, settings)
         self.contract, self.served = contract, served
         self.door = Door(contract, agreement, served.slots, served.state, served.action)
-        self.dtype = DTYPES.get(settings.precision, torch.float32)
+        self.dtype = dtype_of(settings.precision, settings.device)
         self.device = torch.device(settings.device)
         self.steps = served.steps
         self.conditions, self.savings = fixed_times(
@@ -85,6 +85,14 @@ class FlowPolicy:
         )
         self.origin = install(served.stored, folder, settings.precision, settings.device)
         self.model = served.stored.model
+        self.engine: Any = None
+        if self.device.type == 'cuda' and folder.family in PLANNED:
+            # imported here: Triton must not be loaded by a process that runs on the CPU
+            from quantvla_ros.policies.cuda_engine import CudaEngine
+
+            self.engine = CudaEngine(
+                folder.family, self.model, self.conditions, device=self.device, dtype=self.dtype,
+                words=int(folder.config.get('tokenizer_max_length', 0)))
 
     @torch.inference_mode()
     def prepare(self, observation: Observation) -> Prepared:
@@ -95,6 +103,9 @@ class FlowPolicy:
         words = self.served.words(observation.instruction, state)
         padded = np.zeros(self.served.state_width, np.float32)
         padded[: len(state)] = state[: self.served.state_width]
+        if self.engine is not None:
+            scene = self.engine.prefix(frames, words, torch.from_numpy(padded))
+            return Prepared(scene, measured, observation.stamp_ns)
         context = self.model.prefix(
             (frames.to(self.device).float() / 255.0 * 2.0 - 1.0).to(self.dtype),
             torch.tensor(words, device=self.device),
@@ -107,7 +118,11 @@ class FlowPolicy:
         self, context: Prepared, seed: int, prefix: ActionChunk | None = None
     ) -> ActionChunk:
         """Return the chunk that starts at the observation's stamp."""
-        start = torch.from_numpy(flow.noise(seed, (1, *self.served.chunk))).to(self.device)
+        start = torch.from_numpy(flow.noise(seed, (1, *self.served.chunk)))
+        guidance = None if prefix is None else self._guidance(context, prefix)
+        if self.engine is not None:
+            chunk = self.engine.chunk(context.context, start, guidance)[0]
+            return self.door.chunk(chunk.numpy(), context.measured, context.stamp_ns)
         sign = -1.0 if self.model.NOISE_TIME == 1.0 else 1.0
 
         def velocity(x: Tensor, step: int) -> Tensor:
@@ -115,8 +130,7 @@ class FlowPolicy:
                 v = self.model.velocity(context.context, x.to(self.dtype), self.conditions[step])
             return sign * v.float()
 
-        guidance = None if prefix is None else self._guidance(context, prefix)
-        chunk = flow.denoise(velocity, start, self.steps, guidance)[0]
+        chunk = flow.denoise(velocity, start.to(self.device), self.steps, guidance)[0]
         return self.door.chunk(chunk.cpu().numpy(), context.measured, context.stamp_ns)
 
     def reset(self) -> None:

@@ -121,7 +121,7 @@ class QuantLinear(nn.Module):
 
     act_scales: Tensor | None
 
-    def __init__(self, layer: QuantizedLayer) -> None:
+    def __init__(self, layer: QuantizedLayer, device: str = 'cpu') -> None:
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self.scheme = layer.scheme
@@ -137,10 +137,12 @@ class QuantLinear(nn.Module):
         weight, bias = layer.folded()
         if integer:
             bits = layer.scheme.act_bits
-            self._layer = dispatch.prepare(weight, bias, act_bits=bits, hadamard=fused)
+            self._layer = dispatch.prepare(
+                weight, bias, act_bits=bits, hadamard=fused, device=device)
         else:  # weight-only: no integer product; the float weight is made for each call
             self._weight, self._bias = weight, bias
         self._plain = not self._names and not any(self._hadamards)
+        self.to(device)  # the transform; the weight lies where its kernel wants it
 
     def _transform(self) -> InputTransform:
         tensors = {name: self.get_buffer(name.replace('.', '_')) for name in self._names}

@@ -20,7 +20,7 @@ from quantvla_ros.executables import EXECUTABLES
 ROOT = Path(quantvla_ros.__file__).resolve().parent.parent
 LEFT_OUT = shutil.ignore_patterns(
     '.git', '.venv', 'build', 'install', 'log', 'runs', 'bags', '__pycache__', '*.egg-info',
-    '.*_cache', '.hypothesis')
+    '.*_cache', '.hypothesis', '.triton')
 pytestmark = pytest.mark.skipif(
     not (ROOT / 'setup.py').is_file(), reason='needs the source tree, not an installation')
 

@@ -14,6 +14,7 @@ from quantvla_ros.nodes.control_thread import ControlThread
 from quantvla_ros.nodes.handover import Handover
 from quantvla_ros.nodes.inference import Inference, InferenceSettings, InferenceThread
 from quantvla_ros.nodes.signals import StopRequest
+from quantvla_ros.policies.base import DeviceError
 
 PATIENCE_S = 30.0
 
@@ -148,6 +149,7 @@ def test_running_inference_is_overdue_after_its_timeout_on_the_steady_clock(thre
 @pytest.mark.parametrize(('error', 'kind', 'words'), [
     (RuntimeError('fire'), 'policy_raised', 'RuntimeError: fire'),
     (ValueError('unknown word'), 'policy_refused', 'unknown word'),
+    (DeviceError('the GPU failed'), 'device_failed', 'the GPU failed'),
     (DecodeError('size', "camera 'x': size is 1x1"), 'size', 'size is 1x1'),
 ])
 def test_what_a_policy_raises_stops_with_its_cause(thread, script, error, kind, words):

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Canonical weights -> the order that kernels/cuda/product.py reads. Plain torch, any device.
+
+Rows are padded to 128 and columns to whole blocks, with zeros that add nothing. 2-bit codes live
+in 4-bit fields here and rows of mixed widths in 8-bit ones: their gain on a GPU is no memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantvla_ros.kernels.weights import MixedWeight, PackedWeight, Weight, unpack
+
+ROWS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceWeight:
+    """A weight in the order of the kernel; see product.py for data and scales.
+
+    shape (N, K) as stored; padded (NP, KP) as held; pack: columns of one block.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    padded: tuple[int, int]
+    group: int
+    pack: int
+    data: Tensor
+    scales: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        return sum(t.numel() * t.element_size() for t in (self.data, self.scales))
+
+
+def block_columns(bits: int, columns: int, group: int) -> int:
+    """Columns of one block: two groups for 4 bits, so that a half of it shares one scale."""
+    if group:
+        return 2 * group if bits == 4 else group
+    return 256 if columns % 256 == 0 else 128
+
+
+def padded_columns(bits: int, columns: int, group: int) -> int:
+    """KP: K in whole blocks, at least of 128 columns, because tokens are read in runs of 64."""
+    block = max(block_columns(bits, columns, group), 128)
+    return -(-columns // block) * block
+
+
+def nibbles(codes: Tensor, block: int) -> Tensor:
+    """int8 codes (N, KP) in -8 .. 7 -> int8 bytes (N, KP / 2): low nibbles, then high ones."""
+    halves = codes.unflatten(1, (-1, 2, block // 2))
+    return ((halves[:, :, 0] & 15) | (halves[:, :, 1] << 4)).flatten(1).contiguous()
+
+
+def from_nibbles(data: Tensor, block: int) -> Tensor:
+    """Undo nibbles."""
+    parts = data.unflatten(1, (-1, block // 2))
+    low = ((parts << 4).to(torch.int8) >> 4)
+    return torch.stack([low, parts >> 4], 2).flatten(1)
+
+
+def to_device(weight: Weight, device: torch.device) -> DeviceWeight:
+    """Bring a weight to a device. Raises ValueError for rows at 16 bits."""
+    if isinstance(weight, MixedWeight):
+        return _mixed(weight, device)
+    if weight.bits == 16:
+        raise ValueError('rows at 16 bits have no integer product; keep this layer in float')
+    rows, columns = weight.shape
+    bits = 4 if weight.bits in (2, 4) else 8
+    codes = unpack(weight).to(device)
+    return _build(bits, codes, weight.scales.to(device), weight.group, (rows, columns))
+
+
+def _build(
+    bits: int, codes: Tensor, scales: Tensor, group: int, shape: tuple[int, int]
+) -> DeviceWeight:
+    rows, columns = shape
+    pack = block_columns(bits, columns, group)
+    width = padded_columns(bits, columns, group)
+    height = -(-rows // ROWS) * ROWS
+    codes = F.pad(codes, (0, width - columns, 0, height - rows))
+    count = width // group if group else 1
+    scales = F.pad(scales.float(), (0, count - scales.shape[1], 0, height - rows))
+    data = nibbles(codes, pack) if bits == 4 else codes.contiguous()
+    return DeviceWeight(bits, shape, (height, width), group, pack, data, scales.T.contiguous())
+
+
+def _mixed(weight: MixedWeight, device: torch.device) -> DeviceWeight:
+    """Rows of several widths, each at its own integers, in 8-bit fields and in their order."""
+    parts: tuple[PackedWeight, ...] = weight.parts
+    if any(part.bits == 16 for part in parts) or len({part.group for part in parts}) > 1:
+        raise ValueError('on a GPU, rows of mixed widths need integers throughout and one group '
+                         'for all; keep this layer in float')
+    rows, columns = weight.shape
+    codes = torch.zeros(rows, columns, dtype=torch.int8)
+    scales = torch.zeros(rows, parts[0].scales.shape[1])
+    held = sum(part.shape[0] for part in parts)
+    codes[weight.order[:held]] = torch.cat([unpack(part) for part in parts])
+    scales[weight.order[:held]] = torch.cat([part.scales for part in parts])
+    return _build(8, codes.to(device), scales.to(device), parts[0].group, (rows, columns))
+
+
+def stack_rows(weights: list[DeviceWeight]) -> DeviceWeight:
+    """Join weights that read the same tokens; each part's rows must be whole blocks of 128."""
+    first = weights[0]
+    same = {(w.bits, w.group, w.pack, w.padded[1], w.shape[1]) for w in weights}
+    if len(same) != 1 or any(w.shape[0] != w.padded[0] for w in weights[:-1]):
+        raise ValueError('only weights of one width, group and K, in whole blocks, can be joined')
+    rows = sum(w.shape[0] for w in weights)
+    return DeviceWeight(
+        first.bits, (rows, first.shape[1]), (sum(w.padded[0] for w in weights), first.padded[1]),
+        first.group, first.pack, torch.cat([w.data for w in weights]),
+        torch.cat([w.scales for w in weights], 1).contiguous())

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton: integer product of tokens and a weight, with everything that follows it fused.
+
+out[m, n] = residual[m, n] + gate[n] * act(y[m, n] + bias[n]) [* (u[m, n] + up_bias[n])]
+  y[m, n] = sx[m] * sum_g sw[g, n] * sum_(k in g) q[m, k] w[n, k],  u: of a second weight
+
+Tokens are few and weights many, so a tile holds W as the left operand: acc (BN, BM) = W_tile X^T.
+Int4 is never sign-extended: (byte << 4) and (byte & 0xF0), read as int8, are 16 w of the low and
+of the high nibble; the 16 goes into the scale. Split-K programs leave partial sums in `partial`;
+the last to arrive adds them in a fixed order, so that results do not depend on who was last.
+
+Layout of the operands (kernels/cuda/pack.py makes it; NP: rows padded to 128, KP: padded columns):
+    x      int8 (M, KP), zero behind K        sx  float32 (M,)
+    w      int8 (NP, KP), or (NP, KP / 2) for 4 bits: byte j of a block of PACK columns holds
+           column j in its low nibble and column PACK / 2 + j in its high one
+    sw     float32 (groups, NP); a group is a row, or one half of a block for 4 bits
+"""
+
+from __future__ import annotations
+
+from quantvla_ros.kernels.cuda.language import jit, tl
+
+
+@jit
+def activate(x, ACT: tl.constexpr):
+    """SiLU or GELU by its tanh formula, which is x * sigmoid(2 u)."""
+    if ACT == 'silu':
+        x = x / (1.0 + tl.exp(-x))
+    if ACT == 'gelu_tanh':
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    return x
+
+
+@jit
+def sums(
+    x, w, sw, rx, rn, first, last, KP, NP, acc,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):
+    """Add steps first .. last of the product to acc (BN, BM): int32, or float32 with groups."""
+    rk = tl.arange(0, BK)
+    HALF: tl.constexpr = PACK // 2
+    for step in range(first, last):
+        at = step * BK
+        if BITS == 4:
+            packed = tl.load(w + rn[:, None] * (KP // 2) + (at + rk)[None, :])
+            # the hint is what makes loads of 16 bytes, and so a pipeline, possible
+            column = tl.multiple_of((at // HALF) * PACK + at % HALF, BK)
+            low_x = tl.load(x + rx[None, :] * KP + (column + rk)[:, None])
+            high_x = tl.load(x + rx[None, :] * KP + (column + HALF + rk)[:, None])
+            low, high = (packed << 4).to(tl.int8), packed & -16
+            if GROUP:
+                scales = sw + (at // HALF) * 2 * NP + rn
+                part = tl.dot(low, low_x, out_dtype=tl.int32).to(tl.float32)
+                acc += part * tl.load(scales)[:, None]
+                part = tl.dot(high, high_x, out_dtype=tl.int32).to(tl.float32)
+                acc += part * tl.load(scales + NP)[:, None]
+            else:
+                acc = tl.dot(low, low_x, acc, out_dtype=tl.int32)
+                acc = tl.dot(high, high_x, acc, out_dtype=tl.int32)
+        else:
+            weights = tl.load(w + rn[:, None] * KP + (at + rk)[None, :])
+            tokens = tl.load(x + rx[None, :] * KP + (at + rk)[:, None])
+            if GROUP:
+                part = tl.dot(weights, tokens, out_dtype=tl.int32).to(tl.float32)
+                acc += part * tl.load(sw + (at // GROUP) * NP + rn)[:, None]
+            else:
+                acc = tl.dot(weights, tokens, acc, out_dtype=tl.int32)
+    return acc
+
+
+@jit
+def scaled(
+    acc, sx, sw, bias, rn, N,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
+):
+    """Sums -> floats: scales of tokens (BM,) and rows, then the bias."""
+    y = acc.to(tl.float32)
+    if BITS == 4:
+        y = y * 0.0625
+    if not GROUP:
+        y = y * tl.load(sw + rn)[:, None]
+    y = y * sx[None, :]
+    if BIAS:
+        y += tl.load(bias + rn, mask=rn < N, other=0.0)[:, None]
+    return y
+
+
+@jit
+def finish(
+    acc, other, sx, sw, bias, up_sw, up_bias, gate, residual, out, rm, rn, M, N, out_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, UP: tl.constexpr, ACT: tl.constexpr,
+    BIAS: tl.constexpr, UP_BIAS: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
+):
+    """Everything behind the sums, and the store."""
+    token_scale = tl.load(sx + rm, mask=rm < M, other=0.0)
+    y = activate(scaled(acc, token_scale, sw, bias, rn, N, BITS, GROUP, BIAS), ACT)
+    if UP:
+        y = y * scaled(other, token_scale, up_sw, up_bias, rn, N, BITS, GROUP, UP_BIAS)
+    if GATE:
+        y = y * tl.load(gate + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
+    inside = (rn < N)[:, None] & (rm < M)[None, :]
+    if RESIDUAL:
+        place = residual + rm[None, :] * N + rn[:, None]
+        y += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    place = out + rm[None, :] * out_stride + rn[:, None]
+    tl.store(place, y.to(out.dtype.element_ty), mask=inside)
+
+
+@jit(do_not_specialize=['M'])
+def product(
+    x, sx, w, sw, bias, up, up_sw, up_bias, gate, residual, out, partial, count,
+    M, N, KP, NP, out_stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UP: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, UP_BIAS: tl.constexpr, GATE: tl.constexpr,
+    RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, PDL: tl.constexpr,
+):
+    """One tile (BN rows of W, BM tokens) of one split; grid (tiles, SPLIT). See the module."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile, split = tl.program_id(0), tl.program_id(1)
+    across = tl.cdiv(M, BM)
+    rm = (tile % across) * BM + tl.arange(0, BM)
+    rn = (tile // across) * BN + tl.arange(0, BN)
+    rx = tl.where(rm < M, rm, 0)  # instead of a mask: what it gives is never stored
+    steps = KP // BK
+    if BITS == 4:
+        steps = KP // (2 * BK)
+    each = tl.cdiv(steps, SPLIT)
+    first = split * each
+    last = tl.minimum(first + each, steps)
+    kind: tl.constexpr = tl.float32 if GROUP else tl.int32
+    acc = tl.zeros((BN, BM), kind)
+    acc = sums(x, w, sw, rx, rn, first, last, KP, NP, acc, BITS, GROUP, PACK, BM, BN, BK)
+    other = acc
+    if UP:
+        other = tl.zeros((BN, BM), kind)
+        other = sums(x, up, up_sw, rx, rn, first, last, KP, NP, other,
+                     BITS, GROUP, PACK, BM, BN, BK)
+    if SPLIT == 1:
+        finish(acc, other, sx, sw, bias, up_sw, up_bias, gate, residual, out, rm, rn, M, N,
+               out_stride, BITS, GROUP, UP, ACT, BIAS, UP_BIAS, GATE, RESIDUAL)
+    else:
+        SIZE: tl.constexpr = BN * BM
+        EACH: tl.constexpr = SIZE * 2 if UP else SIZE
+        place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        own = partial + tile * (SPLIT * EACH)
+        tl.store(own + split * EACH + place, acc)
+        if UP:
+            tl.store(own + split * EACH + SIZE + place, other)
+        tl.debug_barrier()  # all threads have stored before one of them announces it
+        arrived = tl.atomic_add(count + tile, 1, sem='acq_rel')
+        if arrived == SPLIT - 1:
+            tl.debug_barrier()
+            tl.store(count + tile, 0)  # ready for the next call
+            acc = tl.zeros((BN, BM), kind)
+            other = tl.zeros((BN, BM), kind)
+            for part in range(SPLIT):
+                acc += tl.load(own + part * EACH + place, cache_modifier='.cg')
+                if UP:
+                    other += tl.load(own + part * EACH + SIZE + place, cache_modifier='.cg')
+            finish(acc, other, sx, sw, bias, up_sw, up_bias, gate, residual, out, rm, rn, M, N,
+                   out_stride, BITS, GROUP, UP, ACT, BIAS, UP_BIAS, GATE, RESIDUAL)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tile a product runs with: stored per chip and shape, nearest neighbour, or a rule.
+
+Nothing is tried out on a robot. `quantvla bench gpu --tune` measures candidates and writes
+tiles.json; an entry belongs to a chip ('sm_90'), a kind ('w4a8'), and a shape (m, n, k).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name('tiles.json')
+# shared memory that one program may take, bytes; larger chips than these take the last line's
+SHARED = {'sm_75': 64 << 10, 'sm_80': 163 << 10, 'sm_86': 99 << 10, 'sm_87': 163 << 10,
+          'sm_89': 99 << 10, 'sm_90': 227 << 10, 'sm_100': 227 << 10, 'sm_110': 227 << 10,
+          'sm_120': 99 << 10}
+SMALLEST = 64 << 10  # for a chip that is not in the table
+FAR = 3.0  # octaves of m, n and k together beyond which a stored tile says nothing
+
+
+@dataclass(frozen=True)
+class Tile:
+    """bm tokens, bn rows, bk bytes of a row of W in each step; stages, warps; splits of K."""
+
+    bm: int
+    bn: int
+    bk: int
+    stages: int
+    warps: int
+    split: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What decides on a tile. kp: padded columns; pack: columns of a block; see pack.py."""
+
+    bits: int
+    m: int
+    n: int
+    kp: int
+    group: int = 0
+    pack: int = 128
+    gated: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Name in the file."""
+        group = f'g{self.group}' if self.group else ''
+        return f'w{self.bits}a8{group}{"-gated" if self.gated else ""}'
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of W."""
+        return self.kp * self.bits // 8
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A compute capability, and the multiprocessors that work is spread over."""
+
+    name: str
+    processors: int
+
+    @property
+    def hopper(self) -> bool:
+        """Whether its matrix units read shared memory by themselves, and sums are 64 rows wide."""
+        return self.name == 'sm_90'
+
+    @property
+    def shared(self) -> int:
+        """Shared memory of one program, bytes."""
+        return SHARED.get(self.name, SMALLEST)
+
+
+@lru_cache(maxsize=1)
+def stored() -> Mapping[str, Any]:
+    """Read the file that ships."""
+    return json.loads(FILE.read_text())
+
+
+def choose(problem: Problem, chip: Chip, table: Mapping[str, Any] | None = None) -> Tile:
+    """Return a tile that can run: the nearest stored one, else the rule's, made to fit."""
+    found = _nearest(problem, chip, stored() if table is None else table)
+    return fit(found or by_rule(problem, chip), problem, chip)
+
+
+def _nearest(problem: Problem, chip: Chip, table: Mapping[str, Any]) -> Tile | None:
+    def distance(entry: Mapping[str, Any]) -> float:
+        m = 2.0 * abs(math.log2(entry['m'] / problem.m))  # tokens decide more than the others
+        return m + sum(abs(math.log2(a / b)) for a, b in
+                       ((entry['n'], problem.n), (entry['k'], problem.kp)))
+
+    entries = [entry for entry in table.get(chip.name, {}).get('tiles', [])
+               if entry['kind'] == problem.kind]
+    best = min(entries, key=distance, default=None)
+    if best is None or distance(best) > FAR:
+        return None
+    return Tile(*best['tile'])
+
+
+def by_rule(problem: Problem, chip: Chip) -> Tile:
+    """A tile for a chip that nobody has tuned: small for few tokens, split to fill the chip."""
+    if problem.m > 128:
+        two = problem.gated or problem.group  # two accumulators
+        warps = 4 if problem.bits == 8 and not two else 8  # by the compiler's count of registers
+        return Tile(64 if two else 128, 128, 128 if problem.bits == 8 else 64, 3, warps, 1)
+    bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
+    tile = Tile(bm, 64, 128, 4, 4, 1)
+    programs = -(-problem.n // tile.bn) * -(-problem.m // bm)
+    steps = problem.row_bytes // tile.bk
+    split = 1
+    while programs * split * 2 <= 2 * chip.processors and steps // (split * 2) >= 4:
+        split *= 2
+    return replace(tile, split=split)
+
+
+def shared_bytes(tile: Tile, problem: Problem) -> int:
+    """Shared memory that the pipeline of a tile takes: what its stages hold."""
+    weights = tile.bn * tile.bk * (2 if problem.gated else 1)
+    tokens = tile.bm * tile.bk * (2 if problem.bits == 4 else 1)
+    return tile.stages * (weights + tokens)
+
+
+def widest(problem: Problem) -> int:
+    """Most bytes of a row of W that one step may take."""
+    if problem.bits == 4:
+        return problem.pack // 2
+    return problem.group or (256 if problem.kp % 256 == 0 else 128)
+
+
+def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
+    """Make a tile runnable: steps divide blocks and groups, stages fit into shared memory."""
+    bk = min(tile.bk, widest(problem))
+    steps = problem.row_bytes // bk
+    tile = replace(tile, bk=bk, split=max(1, min(tile.split, steps)))
+    while shared_bytes(tile, problem) > chip.shared and tile.stages > 1:
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile
+
+
+def candidates(problem: Problem, chip: Chip) -> list[Tile]:
+    """Tiles worth trying for a shape, for `--tune`: each costs a compilation, so they are few."""
+    few = problem.m <= 128
+    first = by_rule(problem, chip)
+    found = []
+    for bn, bk, stages in product((64, 128), (64, 128, 256), (3, 4)):
+        for bm in (first.bm,) if few else (64, 128):
+            programs = -(-problem.n // bn) * -(-problem.m // bm)
+            for split in (1, 2, 4, 8) if few else (1, 2):
+                # more than the chip holds at once only costs the sums, less leaves it idle
+                if split > 1 and not chip.processors <= programs * split <= 4 * chip.processors:
+                    continue
+                tile = Tile(bm, bn, bk, stages, max(first.warps, 4), split)
+                if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= 2:
+                    found.append(tile)
+    return found
+
+
+def steps_of(tile: Tile, problem: Problem) -> int:
+    """Steps of one program."""
+    return problem.row_bytes // tile.bk // tile.split
+
+
+def use_pdl(kind: str, chip: Chip) -> bool:
+    """Whether kernels of a kind announce themselves early to the next one (sm_90 and later)."""
+    return bool(stored().get(chip.name, {}).get('pdl', {}).get(kind, False))

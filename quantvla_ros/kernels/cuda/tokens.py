@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton: what happens to a token between two products, in one pass over it.
+
+A program holds one token as (blocks of 64, 64): it adds the branch that a float product left
+behind, activates, norms, modulates, rotates by the block-64 Hadamard matrix and quantizes, or
+writes floats. The rotation is a product with +-1, exact in every type, on the matrix units.
+
+Rounding is that of kernels/reference.py: a token that holds a NaN or an infinity gets the scale
+NaN, one that is all but zero the scale 1. The callers compile without fused multiply-add, which
+would round x * inverse differently.
+"""
+
+from __future__ import annotations
+
+from quantvla_ros.kernels.cuda.language import jit, tl
+from quantvla_ros.kernels.cuda.product import activate
+
+
+@jit
+def emit(
+    x, diagonal, hadamard, out, scale, static, row, K, KP,
+    BLOCKS: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
+    STATIC: tl.constexpr, CAST: tl.constexpr,
+):
+    """Store a token x (BLOCKS, 64): float where TOP is 0, else int8 with its scale."""
+    block, lane = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 64)[None, :]
+    column = block * 64 + lane
+    x = tl.where(column < K, x, 0.0)
+    if DIAGONAL:
+        x = x * tl.load(diagonal + column, mask=column < K, other=0.0)
+    if ROTATE:
+        signs = tl.load(hadamard + tl.arange(0, 64)[:, None] * 64 + lane)
+        x = tl.dot(x.to(CAST), signs.to(CAST), input_precision='ieee') * 0.125
+    if TOP == 0:
+        tl.store(out + row * KP + column, x.to(out.dtype.element_ty), mask=column < K)
+    else:
+        wild = tl.max(tl.max(((x - x) != 0.0).to(tl.int32), 1), 0)
+        largest = tl.max(tl.max(tl.abs(x), 1), 0)
+        if STATIC:
+            step = tl.load(static)
+            inverse = tl.div_rn(1.0, step)
+        else:
+            none = largest < 7.888609052210118e-31  # 2^-100
+            step = tl.where(none, 1.0, tl.div_rn(largest, TOP * 1.0))
+            inverse = tl.where(none, 0.0, tl.div_rn(TOP * 1.0, tl.where(none, 1.0, largest)))
+        y = tl.minimum(tl.maximum(x * inverse, -1e6), 1e6)
+        y = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest even integer
+        y = tl.minimum(tl.maximum(y, -TOP * 1.0), TOP * 1.0)
+        y = tl.where(wild != 0, 0.0, y)
+        tl.store(out + row * KP + column, y.to(tl.int8), mask=column < KP)
+        tl.store(scale + row, tl.where(wild != 0, float('nan'), step))
+
+
+@jit(do_not_specialize=['eps'])
+def tokens(
+    x, branch, branch_bias, gate, total, multiply, add, diagonal, hadamard, out, scale, static,
+    x_stride, K, KP, eps,
+    BLOCKS: tl.constexpr, PAIR: tl.constexpr, ACT: tl.constexpr, BRANCH: tl.constexpr,
+    BRANCH_BIAS: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MULTIPLY: tl.constexpr,
+    ADD: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
+    STATIC: tl.constexpr, CAST: tl.constexpr, PDL: tl.constexpr,
+):
+    """One token; grid (M,). x (M, x_stride): K columns, or 2 K where PAIR (gate, then up).
+
+    total   where x + gate * (branch + branch_bias) is written, in place of x
+    NORM    'none', 'rms' or 'layer'; then times multiply, plus add, both float32 (K,)
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
+    inside = column < K
+    y = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    y = activate(y, ACT)
+    if PAIR:
+        up = tl.load(x + row * x_stride + K + column, mask=inside, other=0.0)
+        y = y * up.to(tl.float32)
+    if BRANCH:
+        b = tl.load(branch + row * K + column, mask=inside, other=0.0).to(tl.float32)
+        if BRANCH_BIAS:
+            b += tl.load(branch_bias + column, mask=inside, other=0.0).to(tl.float32)
+        if GATE:
+            b = b * tl.load(gate + column, mask=inside, other=0.0).to(tl.float32)
+        y = (y + b).to(total.dtype.element_ty)
+        tl.store(total + row * K + column, y, mask=inside)
+        y = y.to(tl.float32)
+    if NORM == 'layer':
+        mean = tl.sum(tl.sum(y, 1), 0) / K
+        y = tl.where(inside, y - mean, 0.0)
+    if NORM != 'none':
+        square = tl.sum(tl.sum(y * y, 1), 0) / K
+        y = y * tl.div_rn(1.0, tl.sqrt_rn(square + eps))
+    if MULTIPLY:
+        y = y * tl.load(multiply + column, mask=inside, other=0.0)
+    if ADD:
+        y = y + tl.load(add + column, mask=inside, other=0.0)
+    emit(y, diagonal, hadamard, out, scale, static, row, K, KP,
+         BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)
+
+
+@jit
+def euler(
+    x, velocity, target, weight, out, size, width, time_left, step, pull,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):
+    """x += step * (v + pull * weight[row] * (target - (x + time_left * v))); out = x, narrower.
+
+    policies/flow.py says why. x, target float32 (rows, width); weight float32 (rows,).
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    now = tl.load(x + place, mask=inside, other=0.0)
+    v = tl.load(velocity + place, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight + place // width, mask=inside, other=0.0)
+    goal = tl.load(target + place, mask=inside, other=0.0)
+    v = v + pull * w * (goal - (now + time_left * v))
+    now = now + step * v
+    tl.store(x + place, now, mask=inside)
+    tl.store(out + place, now.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that a network on the GPU is planned from: projections, scratch, a residual stream.
+
+A plan is a network as a fixed list of launches over planned memory, for one prefix capacity. It
+computes what the modules of the family compute, with norms, positions, activations, residuals,
+rotations and quantization fused into the kernels around the products. Imports without Triton.
+
+Float and integer projections stand side by side in one plan: each says how it takes its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantvla_ros.kernels.cuda import launch, tiles
+from quantvla_ros.kernels.cuda import launch_attention as attention
+from quantvla_ros.kernels.cuda.launch import (
+    NO_EPILOGUE,
+    PLAIN,
+    Branch,
+    Epilogue,
+    Norm,
+    Take,
+    Tokens,
+    Workspace,
+)
+from quantvla_ros.kernels.cuda.pack import DeviceWeight, stack_rows, to_device
+from quantvla_ros.policies.cuda_source import Source
+from quantvla_ros.quant.linear import KERNEL_HADAMARD, QuantizedLayer
+from quantvla_ros.quant.transforms import InputTransform, from_tensors
+
+
+class Machine:
+    """Device, type, scratch and workspace of one plan. Freezes before a graph is captured."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, pdl: bool = False) -> None:
+        self.device, self.dtype, self.pdl = device, dtype, pdl
+        self.chip = launch.chip_of(device)
+        self.workspace = Workspace(device)
+        self._scratch: dict[tuple[Any, ...], Tensor] = {}
+        self._frozen = False
+
+    def scratch(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a named buffer, the same at every call; its values last until its next use."""
+        key = (name, shape, dtype)
+        if key not in self._scratch:
+            if self._frozen:
+                raise RuntimeError(f'scratch {key} was not planned')
+            kept = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+            self._scratch[key] = kept
+        return self._scratch[key]
+
+    def tokens(self, rows: int, take: Take) -> Tokens:
+        """Room for the tokens of the next product."""
+        if take.top == 0:
+            return Tokens(self.scratch('floats', rows, take.kp))
+        return Tokens(self.scratch('codes', rows, take.kp, dtype=torch.int8),
+                      self.scratch('scales', rows, dtype=torch.float32))
+
+    def parts(self, splits: int, rows: int, heads: int, width: int) -> attention.Parts:
+        """Room for the splits of an attention."""
+        floats = torch.float32
+        return attention.Parts(
+            self.scratch('part values', splits, rows, heads * width, dtype=floats),
+            self.scratch('part sums', splits, rows, heads, dtype=floats),
+            self.scratch('part largest', splits, rows, heads, dtype=floats))
+
+    def freeze(self) -> None:
+        """Plan no more memory."""
+        self._frozen = True
+        self.workspace.freeze()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of scratch and workspace."""
+        held = (*self._scratch.values(), self.workspace.partial, self.workspace.count)
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+class FloatProjection:
+    """y = x W^T + bias in the model's type, by the vendor's library."""
+
+    integer = False
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self.n, self.k = weight.shape
+        self.nbytes = weight.numel() * weight.element_size()
+
+    def take(self, step: int = 0) -> Take:
+        """Floats, in every step."""
+        del step
+        return Take(16, self.k)
+
+    def product(self, tokens: Tokens, out: Tensor, *, bias: bool = True) -> None:
+        """Write x W^T, with the bias unless who calls adds it."""
+        if bias and self.bias is not None:
+            torch.addmm(self.bias, tokens.data, self.weight.T, out=out)
+        else:
+            torch.mm(tokens.data, self.weight.T, out=out)
+
+
+def kernel_part(transform: InputTransform) -> tuple[Tensor | None, bool] | None:
+    """A transform as the kernels fuse it: (multipliers (K,) or None, rotated or not); or None."""
+    multipliers, rotated = None, False
+    link: InputTransform | None = transform
+    while link is not None:
+        wild = link.permutation is not None or link.blocks is not None
+        more = rotated and (link.diagonal is not None or link.hadamard != 0)
+        if wild or more or link.hadamard not in (0, KERNEL_HADAMARD):
+            return None
+        if link.diagonal is not None:
+            own = 1.0 / link.diagonal.float()
+            multipliers = own if multipliers is None else multipliers * own
+        rotated = rotated or link.hadamard == KERNEL_HADAMARD
+        link = link.then
+    return multipliers, rotated
+
+
+class IntegerProjection:
+    """A quantized linear on the integer kernels.
+
+    A diagonal and then a Hadamard of 64 are fused with the quantization; any other transform of
+    the input runs in torch before it, which is exact and slow.
+    """
+
+    integer = True
+
+    def __init__(
+        self, layer: QuantizedLayer, device: torch.device, dtype: torch.dtype,
+        machine: Machine,
+    ) -> None:
+        weight, bias = layer.folded()
+        self.weight = to_device(weight, device)
+        self.bias = None if bias is None else bias.float().to(device)
+        self.n, self.k = self.weight.shape
+        self.act_bits = layer.scheme.act_bits
+        self.static = None if layer.act_scales is None else layer.act_scales.float().to(device)
+        fused = kernel_part(layer.transform)
+        self.before: InputTransform | None = None
+        self.rotate, self.diagonal = False, None
+        if fused is None:
+            moved = {name: t.to(device) for name, t in layer.transform.tensors().items()}
+            self.before = from_tensors(moved, layer.transform.hadamards())
+        else:
+            self.rotate = fused[1]
+            self.diagonal = None if fused[0] is None else fused[0].to(device)
+        self.machine, self.dtype = machine, dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.weight.nbytes
+
+    def take(self, step: int = 0) -> Take:
+        """How the kernel wants tokens in a denoising step."""
+        return Take(16, self.k) if self.before is not None else self._take(step)
+
+    def _take(self, step: int) -> Take:
+        static = self.static
+        if static is not None:
+            static = static[step:step + 1] if static.numel() > 1 else static
+        return Take(self.act_bits, self.weight.padded[1], self.rotate, static, self.diagonal)
+
+    def tokens(self, tokens: Tokens, step: int = 0) -> Tokens:
+        """Quantize floats that need a transform of their own first; pass others on."""
+        if self.before is None:
+            return tokens
+        take = self._take(step)
+        made = self.machine.tokens(tokens.data.shape[0], take)
+        turned = self.before.activations(tokens.data).to(self.dtype).contiguous()
+        launch.make_tokens(turned, self.k, take, made, pdl=self.machine.pdl)
+        return made
+
+    def product(
+        self, tokens: Tokens, out: Tensor, epilogue: Epilogue = NO_EPILOGUE, step: int = 0
+    ) -> None:
+        """Write the product with its epilogue; the bias is the layer's own."""
+        whole = Epilogue(self.bias, epilogue.act, epilogue.up, epilogue.up_bias, epilogue.gate,
+                         epilogue.residual)
+        launch.run_product(self.tokens(tokens, step), self.weight, out, self.machine.workspace,
+                           whole, pdl=self.machine.pdl)
+
+
+Projection = FloatProjection | IntegerProjection
+
+
+def project(source: Source, machine: Machine, name: str) -> Projection:
+    """One linear of the model as a projection."""
+    linear = source.linear(name)
+    bias: Tensor | None
+    if isinstance(linear, nn.Linear):
+        bias = None if linear.bias is None else linear.bias.detach()
+        return FloatProjection(linear.weight.detach(), bias)
+    if linear.scheme.act_bits == 16:  # weights alone are narrow: back to floats, once
+        weight = linear.float_weight().to(source.device, source.dtype)
+        bias = None if linear.bias is None else linear.bias.detach()
+        return FloatProjection(
+            weight, None if bias is None else bias.to(source.device, source.dtype))
+    return IntegerProjection(linear, source.device, source.dtype, machine)
+
+
+def small(source: Source, name: str) -> FloatProjection:
+    """A small layer that stays in floats, whatever it is stored as."""
+    linear = source.linear(name)
+    bias: Tensor | None
+    if isinstance(linear, nn.Linear):
+        weight, bias = linear.weight.detach(), linear.bias
+    else:
+        weight, bias = linear.float_weight(), linear.folded()[1]
+    kept = None if bias is None else bias.detach().to(source.device, source.dtype)
+    return FloatProjection(weight.to(source.device, source.dtype), kept)
+
+
+def same_take(a: Projection, b: Projection) -> bool:
+    """Whether two projections read the very same tokens."""
+    if a.integer != b.integer:
+        return False
+    if isinstance(a, FloatProjection) or isinstance(b, FloatProjection):
+        return True
+    if a.before is not None or b.before is not None or a.rotate != b.rotate:
+        return False
+    return (_equal(a.static, b.static) and _equal(a.diagonal, b.diagonal)
+            and a.act_bits == b.act_bits and a.weight.padded[1] == b.weight.padded[1])
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)
+
+
+def _stackable(parts: Sequence[Projection]) -> bool:
+    if not all(same_take(parts[0], part) for part in parts):
+        return False
+    weights = [part.weight for part in parts]
+    if all(isinstance(weight, Tensor) for weight in weights):
+        return True
+    packed = [weight for weight in weights if isinstance(weight, DeviceWeight)]
+    kinds = {(w.bits, w.group, w.pack, w.padded[1]) for w in packed}
+    return len(kinds) == 1 and all(w.shape[0] == w.padded[0] for w in packed[:-1])
+
+
+def _joined(vectors: Sequence[Tensor | None]) -> Tensor | None:
+    found = [vector for vector in vectors if vector is not None]
+    return torch.cat(found) if len(found) == len(vectors) else None
+
+
+class Group:
+    """Projections that read one token and write side by side: one product where that can be."""
+
+    def __init__(
+        self, source: Source, machine: Machine, names: Sequence[str],
+        made: Sequence[Projection] = (),
+    ) -> None:
+        parts = list(made) or [project(source, machine, name) for name in names]
+        biases = {part.bias is None for part in parts}
+        if len(parts) > 1 and len(biases) == 1 and _stackable(parts):
+            parts = [self._stack(source, names, parts)]
+        self.machine = machine
+        self.parts = parts
+        self.n = sum(part.n for part in parts)
+        self.nbytes = sum(part.nbytes for part in parts)
+
+    @staticmethod
+    def _stack(
+        source: Source, names: Sequence[str], parts: Sequence[Projection]
+    ) -> Projection:
+        bias = _joined([part.bias for part in parts])
+        floats = [part for part in parts if isinstance(part, FloatProjection)]
+        if floats:
+            weight = torch.cat([part.weight for part in floats])
+            start = 0
+            for name, part in zip(names, floats, strict=True):
+                # the model's own copy becomes a view, so that nothing is held twice
+                linear = source.linear(name)
+                if isinstance(linear, nn.Linear):
+                    linear.weight = nn.Parameter(weight[start:start + part.n],
+                                                 requires_grad=False)
+                start += part.n
+            return FloatProjection(weight, bias)
+        first = parts[0]
+        assert isinstance(first, IntegerProjection)
+        first.weight = stack_rows([p.weight for p in parts if isinstance(p, IntegerProjection)])
+        first.bias, first.n = bias, first.weight.shape[0]
+        return first
+
+    def run(
+        self, stream: Stream, norm: Norm, out: Tensor, *, rows: int = 0, step: int = 0
+    ) -> None:
+        """out (rows, n) = the projections of the normed stream."""
+        made: list[tuple[Projection, Tokens]] = []
+        start = 0
+        for part in self.parts:
+            tokens = next((t for other, t in made if same_take(other, part)), None)
+            if tokens is None:
+                tokens = stream.tokens(part.take(step), norm)
+                made = [(part, tokens)]
+            target = out[:, start:start + part.n]
+            if isinstance(part, IntegerProjection):
+                part.product(tokens, target, step=step)
+            else:
+                part.product(tokens, target)
+            start += part.n
+
+
+class Stream:
+    """The residual stream x (rows, width): what is added to it waits until the next norm."""
+
+    def __init__(self, machine: Machine, x: Tensor) -> None:
+        self.machine, self.x = machine, x
+        self.waiting: Branch | None = None
+
+    def tokens(self, take: Take, norm: Norm = PLAIN) -> Tokens:
+        """Take in what waits, norm, and turn into tokens."""
+        if take.top == 0 and norm is PLAIN and self.waiting is None:
+            return Tokens(self.x)
+        out = self.machine.tokens(self.x.shape[0], take)
+        launch.make_tokens(self.x, self.x.shape[1], take, out, norm=norm, branch=self.waiting,
+                           pdl=self.machine.pdl)
+        self.waiting = None
+        return out
+
+    def add(
+        self, projection: Projection, tokens: Tokens, gate: Tensor | None = None, step: int = 0
+    ) -> None:
+        """x += gate * projection(tokens): in the epilogue, or with the next norm."""
+        if isinstance(projection, IntegerProjection):
+            projection.product(tokens, self.x, Epilogue(gate=gate, residual=self.x), step)
+            return
+        y = self.machine.scratch('branch', *self.x.shape)
+        projection.product(tokens, y, bias=False)
+        self.waiting = Branch(y, projection.bias, gate)
+
+
+def gains(source: Source, name: str) -> Tensor:
+    """A norm's weight as the kernels take it: float32."""
+    return source.value(name).float().contiguous()
+
+
+def pdl_for(source_kind: str, device: torch.device) -> bool:
+    """Whether launches overlap, by what was measured on the chip."""
+    return device.type == 'cuda' and tiles.use_pdl(source_kind, launch.chip_of(device))
+

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantvla bench gpu` end to end at tiny sizes, so that the first real run dies of no typo."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from quantvla_ros.bench import gpu, gpu_chunk, gpu_estimate, gpu_gemm
+from quantvla_ros.bench.gpu_policy import RandomPi05, camera_to_command
+from quantvla_ros.bench.gpu_source import Precision, RandomSource
+from quantvla_ros.bench.gpu_time import Bench, Deadline
+from quantvla_ros.contract import load_contract
+from quantvla_ros.observation import Observation
+from quantvla_ros.policies.base import PolicySettings
+from quantvla_ros.resources import share_path
+
+
+def arguments(tmp_path, *words):
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    return parser.parse_args([*words, '--dry', '--json', str(tmp_path / 'figures.json')])
+
+
+@pytest.fixture
+def bench():
+    return Bench(torch.device('cpu'), True, True, Deadline(600))
+
+
+def test_every_section_runs_and_keeps_its_figures(tmp_path, capsys, device, monkeypatch):
+    monkeypatch.setattr(gpu_chunk, 'SETTINGS', (gpu_chunk.Setting('pi05', 3, 2),))
+    monkeypatch.setattr(gpu_chunk, 'PRECISIONS',
+                        (Precision('float'), Precision('w4a8', rotate=True)))
+    words = ['--only', 'estimate,check,ceilings,attention,gemm,chunk,memory,ros,sanitize']
+    assert gpu.run(arguments(tmp_path, *words)) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / 'figures.json').read_text())
+    assert set(found) == {'card', *words[1].split(',')}
+    assert 'times mean nothing' in printed and 'not run: needs a card' in printed
+    assert all('us' in row and row['error']['w4a8'] < 1e-6 for row in found['gemm'])
+    (rows,) = found['chunk'].values()
+    assert {'float', 'w4a8 rotated', 'eager modules'} <= set(rows)
+    assert not [row for row in rows.values() if 'missing' in row]
+    assert rows['w4a8 rotated']['weights'] < 0.5 * rows['float']['weights']  # padded, float32
+
+
+def test_failing_section_does_not_take_the_others_along(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_gemm, 'table', lambda *_: 1 / 0)
+    assert gpu.run(arguments(tmp_path, '--only', 'gemm,estimate')) == 1
+    found = json.loads((tmp_path / 'figures.json').read_text())
+    assert found['gemm'] == {'failed': 'division by zero'} and found['estimate']
+    assert 'failed: gemm' in capsys.readouterr().out
+
+
+def test_tuning_writes_tiles_that_are_read_back(tmp_path, device, monkeypatch):
+    from quantvla_ros.kernels.cuda import tiles
+
+    monkeypatch.setattr(gpu_gemm, 'DRY', ((5, 96, 256),))
+    args = arguments(tmp_path, '--tune', '--tiles', str(tmp_path / 'tiles.json'))
+    assert gpu.run(args) == 0
+    written = json.loads((tmp_path / 'tiles.json').read_text())
+    (entry, *_) = written['interpreted']['tiles']
+    problem = tiles.Problem(8, 5, 96, 256, 0, 256)
+    found = tiles.choose(problem, tiles.Chip('interpreted', 4), written)
+    assert list(vars(found).values()) == entry['tile']
+
+
+def test_wrong_result_is_never_timed(bench, device, monkeypatch):
+    exact = gpu_gemm.exact
+    monkeypatch.setattr(gpu_gemm, 'exact', lambda *args: exact(*args) * 1.01)
+    with pytest.raises(RuntimeError, match='off by'):
+        gpu_gemm.ours((3, 64, 128), 'w8a8', bench)
+
+
+def test_unknown_section_is_named(tmp_path):
+    with pytest.raises(ValueError, match='--only names speed; known are estimate'):
+        gpu.run(arguments(tmp_path, '--only', 'speed'))
+
+
+def test_estimate_counts_what_a_chunk_multiplies():
+    found = gpu_estimate.products('pi05', 50, 10)
+    operations = sum(2.0 * p.tokens * p.weights * p.times for p in found)
+    # vision 635, backbone 3837 less the end of its last layer, expert 311 GFLOP
+    assert 4.5e12 < operations < 4.8e12
+    groot = gpu_estimate.products('groot_n15', 49, 4)
+    # vision 423, backbone 677, context layers 226, blocks 219 with cross keys made once
+    counted = sum(2.0 * p.tokens * p.weights * p.times for p in groot)
+    assert counted == pytest.approx(1.545e12, rel=0.01)
+    board = gpu_estimate.BOARDS[0]
+    times = {name: gpu_estimate.seconds(found, board, name) for name in gpu_estimate.PRECISIONS}
+    assert times['bfloat16'] > times['w8a8'] > times['w4a8'] > 0
+
+
+def test_random_source_makes_every_layer_at_its_precision():
+    source = RandomSource('pi05', Precision('w4a8', rotate=True), torch.device('cpu'),
+                          torch.float32)
+    down = source.linear('expert.layers.0.mlp.down_proj')
+    assert down.scheme.name == 'w4a8' and down.transform.hadamard == 64
+    assert source.linear('vision.layers.0.mlp.fc2').transform.hadamard == 0  # 4304 columns
+    assert isinstance(source.linear('action_out'), torch.nn.Linear)
+    assert abs(float(down.float_weight().std()) * 4096**0.5 - 1) < 0.2
+
+
+def test_random_policy_computes_and_holds_the_arm(tmp_path, device):
+    contract = load_contract(share_path('config/contracts/libero_panda.yaml'))
+    log = tmp_path / 'log.jsonl'
+    policy = RandomPi05(contract, PolicySettings(model=f'tiny-w8a8 0 {log}', device='cpu'))
+    names = contract.camera_names
+    stamp = 10**18
+    observation = Observation(
+        images={name: np.full((28, 28, 3), 9, np.uint8) for name in names},
+        image_stamps_ns=dict.fromkeys(names, stamp), joint_names=contract.joints.names,
+        joint_positions=np.zeros(len(contract.joints.names)), joint_stamp_ns=stamp,
+        instruction='go')
+    chunk = policy.denoise(policy.prepare(observation), 0)
+    assert np.abs(chunk.positions).max() < 1e-5 and len(log.read_text().splitlines()) == 1
+
+
+def test_picture_to_command_adds_age_inference_and_wire():
+    notes = [{'mark': 3, 'start_ns': 10_000_000, 'end_ns': 40_000_000, 'picture_age_ms': 5.0}]
+    commands = [(1_000_000, 0.0), (42_000_000, 3e-6), (52_000_000, 3e-6)]
+    assert camera_to_command(notes, commands, 1e-6) == [pytest.approx(37.0)]

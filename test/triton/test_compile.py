@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One kernel of each kind is compiled for chips that are not here, and its machine code read."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from quantvla_ros.kernels.cuda import resources, tiles
+from quantvla_ros.kernels.cuda.tiles import Chip, Problem, Tile
+
+HOPPER, ORIN = resources.chip(90), resources.chip(87)
+KINDS = [
+    (90, resources.product_case(8, 0, 50, 1024, 4096, False, HOPPER, pdl=True)),
+    (90, resources.product_case(4, 0, 968, 2048, 16384, False, HOPPER)),
+    (90, resources.product_case(4, 128, 50, 1024, 4096, False, HOPPER)),
+    (90, resources.token_case(2048, 127, True)),
+    (90, resources.attend_case(50, 1018, 8, 1, 256, HOPPER)),
+    (90, resources.join_case(8, 256, 8, 127, True)),
+    (90, resources.turn_case(16, 8, 128, True)),
+    (90, resources.euler_case()),
+    (87, resources.product_case(8, 0, 50, 1024, 4096, False, ORIN)),
+    (87, resources.product_case(4, 0, 50, 4096, 1024, True, ORIN)),
+    (87, resources.attend_case(50, 1018, 8, 1, 256, ORIN)),
+]
+
+
+@pytest.mark.parametrize(('chip', 'case'), KINDS, ids=lambda v: getattr(v, 'name', str(v)))
+def test_kernel_compiles_and_fits_its_chip(chip, case):
+    used = resources.usage(case, chip)
+    assert resources.problem_with(used) == ''
+    assert 0 < used.registers <= 255
+    if case.name.startswith('w'):  # integers on the matrix units, loaded ahead of their use
+        assert used.matrix == ('wgmma.s32.s8' if chip == 90 else 'mma.s32.s8')
+        assert used.copies >= 8
+
+
+def test_what_does_not_fit_is_told():
+    case = resources.product_case(8, 0, 968, 2048, 4096, False, ORIN,
+                                  tile=Tile(128, 128, 256, 4, 8, 1))
+    assert 'bytes of shared memory; the chip has' in resources.problem_with(
+        resources.usage(case, 87))
+
+
+@pytest.mark.parametrize('chip', ['sm_80', 'sm_86', 'sm_87', 'sm_90', 'sm_999'])
+@pytest.mark.parametrize('bits', [4, 8])
+def test_every_chosen_tile_can_run(chip, bits):
+    for m in (1, 10, 49, 50, 560, 968):
+        for n, kp in ((256, 1024), (16384, 2048), (1152, 1152), (2048, 16384), (1152, 4352)):
+            for group, pack in ((0, 256 if kp % 256 == 0 else 128), (64, 128)):
+                problem = Problem(bits, m, n, kp, group, pack if bits == 4 else group or pack)
+                tile = tiles.choose(problem, Chip(chip, 100))
+                assert problem.row_bytes % tile.bk == 0
+                assert tiles.widest(problem) % tile.bk == 0
+                assert tiles.shared_bytes(tile, problem) <= Chip(chip, 100).shared
+                assert 1 <= tile.split <= problem.row_bytes // tile.bk
+                assert tile.bn in (64, 128)  # rows are padded to 128, and read without a mask
+
+
+def test_nearest_stored_tile_is_taken_and_a_far_one_is_not():
+    table = {'sm_90': {'tiles': [
+        {'kind': 'w8a8', 'm': 50, 'n': 4096, 'k': 1024, 'tile': [64, 128, 64, 2, 4, 1]},
+        {'kind': 'w8a8', 'm': 968, 'n': 4096, 'k': 1024, 'tile': [128, 128, 64, 2, 4, 1]}]}}
+    near = tiles.choose(Problem(8, 49, 2048, 1024), HOPPER, table)
+    assert near == Tile(64, 128, 64, 2, 4, 1)
+    far = Problem(8, 1, 256, 16384)
+    assert tiles.choose(far, HOPPER, table) == tiles.fit(tiles.by_rule(far, HOPPER), far, HOPPER)
+    other = tiles.choose(Problem(8, 49, 2048, 1024), ORIN, table)
+    assert other != near  # tiles of one chip say nothing about another
+
+
+def test_stored_tiles_are_well_formed():
+    for name, entry in tiles.stored().items():
+        assert name.startswith('sm_') and entry['source']
+        for row in entry['tiles']:
+            bits = int(row['kind'][1])
+            problem = Problem(bits, row['m'], row['n'], row['k'], 0, 256)
+            tile = Tile(*row['tile'])
+            assert tiles.fit(tile, problem, Chip(name, 132)) == tile
+
+
+def test_candidates_are_few_and_all_of_them_run():
+    for bits in (4, 8):
+        for m in (10, 50, 968):
+            problem = Problem(bits, m, 4096, 1024, 0, 256)
+            found = tiles.candidates(problem, HOPPER)
+            assert 4 <= len(found) <= 32  # each costs a compilation
+            assert all(tiles.fit(tile, problem, HOPPER) == tile for tile in found)
+            assert json.dumps([dataclasses.astuple(tile) for tile in found])
+
+
+def test_interpreted_kernels_are_not_compiled(monkeypatch):
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    with pytest.raises(ValueError, match='unset TRITON_INTERPRET'):
+        resources.compiled(SimpleNamespace(), 90)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every launch of a whole network, bound and compiled as for a Hopper card that is not here.
+
+Nothing runs: this finds the argument that a kernel does not take, the option that a launch does
+not know, the type that a constant cannot have. What is computed, the interpreted tests show.
+"""
+
+import pytest
+import torch
+
+from quantvla_ros.bench.gpu_chunk import Setting, fill, network
+from quantvla_ros.bench.gpu_source import Precision, RandomSource
+from quantvla_ros.bench.gpu_time import Bench, Deadline
+from quantvla_ros.kernels.cuda import launch, resources
+from quantvla_ros.policies import cuda_parts
+from quantvla_ros.policies.cuda_engine import make_plan
+
+
+class Card:
+    """What Triton asks a driver before it compiles."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget('cuda', 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device('cpu')
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels that were compiled, by name."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    seen = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        seen.append(self.fn.__name__)
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    monkeypatch.setattr(JITFunction, 'run', compile_only)
+    monkeypatch.setattr(launch, 'chip_of', lambda device: resources.chip(90))
+    driver.set_active(Card())
+    yield seen
+    driver.reset_active()
+
+
+@pytest.mark.parametrize(('family', 'precision', 'pdl'), [
+    ('pi05', Precision('w4a8', rotate=True), True), ('groot_n15', Precision('float'), False),
+])
+def test_every_launch_of_a_network_binds_and_compiles(family, precision, pdl, launches):
+    bench = Bench(torch.device('cpu'), True, True, Deadline(600))
+    model = network(Setting(family, 3, 2), bench)
+    source = RandomSource(family, precision, bench.device, torch.bfloat16, model)
+    with torch.inference_mode():
+        plan = make_plan(family, source, model.config, steps=1, cameras=2, words=4, pdl=pdl)
+        assert isinstance(plan.machine, cuda_parts.Machine)
+        fill(plan, 2 * model.config.vision.tokens, family)
+        plan.prefix()
+        plan.denoise()
+    wanted = {'tokens', 'attend', 'turn', 'euler'}
+    assert wanted <= set(launches)
+    assert ('product' in launches) == (precision.scheme != 'float')
