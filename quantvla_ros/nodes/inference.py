@@ -25,6 +25,7 @@ from quantvla_ros.control.guard import Guard
 from quantvla_ros.control.latency import LatencyTracker
 from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
+from quantvla_ros.nodes.origin import Origin
 from quantvla_ros.policies.base import Policy
 
 NICENESS = 5
@@ -126,7 +127,7 @@ class Inference:
         self._player, self._guard, self._clock = player, guard, clock
         self.settings = settings
         self.latency = LatencyTracker(warm_up=0, budget_s=settings.execute * settings.step_dt_s)
-        self.on_chunk: Callable[[ActionChunk], None] = lambda chunk: None
+        self.on_chunk: Callable[[ActionChunk, Origin], None] = lambda chunk, origin: None
         self.on_trouble: Callable[[str], None] = lambda text: None
         self.speed_scale: Callable[[], float] = lambda: 1.0
         self.chunks = 0
@@ -177,7 +178,7 @@ class Inference:
 
     def _infer(self, episode: int) -> None:
         try:
-            chunk = self._compute(episode)
+            chunk, origin = self._compute(episode)
         except DecodeError as error:
             if episode == self._episode:
                 self._guard.stop(error.kind, str(error))
@@ -194,9 +195,9 @@ class Inference:
                 )
             return
         if episode == self._episode:
-            self._take(chunk)
+            self._take(chunk, origin)
 
-    def _compute(self, episode: int) -> ActionChunk:
+    def _compute(self, episode: int) -> tuple[ActionChunk, Origin]:
         if self._fresh_start:
             self._fresh_start = False
             self._policy.reset()
@@ -207,12 +208,13 @@ class Inference:
         prefix = None
         if self.settings.prefix:
             prefix = self._player.remaining(observation.stamp_ns)
-        chunk = self._policy.denoise(context, self.settings.seed + self.chunks, prefix)
+        seed = self.settings.seed + self.chunks
+        chunk = self._policy.denoise(context, seed, prefix)
         if episode == self._episode:
             self.latency.add((time.monotonic_ns() - started_ns) / NS_PER_S)
-        return chunk
+        return chunk, Origin.of(observation, seed, prefixed=prefix is not None)
 
-    def _take(self, chunk: ActionChunk) -> None:
+    def _take(self, chunk: ActionChunk, origin: Origin) -> None:
         """Admit and merge a chunk; a refused one is tried again at once from newer data."""
         now_ns = self._clock.now_ns()
         if self._player.sample(now_ns) is None:
@@ -233,4 +235,4 @@ class Inference:
         speed = max(0.05, self.speed_scale())
         executed_s = self.settings.execute * self.settings.step_dt_s / speed
         self._next_ns = chunk.stamp_ns + round((executed_s - self._lead_s) * NS_PER_S)
-        self.on_chunk(chunk)
+        self.on_chunk(chunk, origin.of_chunk(chunk))

@@ -93,6 +93,7 @@ class Settings:
 
     execute 0: the contract's. noise_rad: standard deviation of the command noise. slip: force the
     gripper open once, shortly after it has closed. real: robosuite and LIBERO themselves.
+    through_ros: sim_node and policy_node over DDS.
     """
 
     policy: str = 'libero_panda'
@@ -106,6 +107,7 @@ class Settings:
     noise_rad: float = 0.0
     slip: bool = False
     real: bool = False
+    through_ros: bool = False
 
 
 @dataclass
@@ -114,6 +116,7 @@ class Outcome:
 
     status: success, failure, refused (the policy does not know the instruction's words), or
     crashed, which says nothing about the policy. error: the text of the last two.
+    compared, different: chunks through ROS that were computed again here, and those that differ.
     """
 
     episode: Episode
@@ -123,6 +126,8 @@ class Outcome:
     seconds: float = 0.0
     policy_seconds: float = 0.0
     error: str = ''
+    compared: int = 0
+    different: int = 0
     frame: np.ndarray | None = field(default=None, repr=False)
 
     def line(self) -> dict[str, Any]:
