@@ -15,6 +15,7 @@ import numpy as np
 from quantvla_ros.sim.grasps import (
     HOVER,
     TIP_BELOW,
+    TWISTED,
     choose_grasp,
 )
 from quantvla_ros.sim.kinematics import ArmKinematics, hand_rotation, top_down
@@ -31,7 +32,6 @@ DRAWER_TRAVEL = 0.155  # m; a drawer counts as open from 0.14
 KNOB_TURN = 0.85  # rad; a stove counts as on from 0.5
 SLOT = 0.042  # m from the middle of a cooker for each of two pots
 PAIR = 0.028  # m from the middle of a basket for each of two things
-TWISTED = 1.3  # rad; a joint this far from where a grasp needs it: unfold first
 PUSH_PAST = 0.03
 SWAPPED = np.diag([-1.0, -1.0, 1.0])  # the same hand with its fingers exchanged
 
