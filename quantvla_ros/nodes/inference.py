@@ -26,6 +26,7 @@ from quantvla_ros.control.latency import LatencyTracker
 from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.nodes.handover import Handover, Kept
+from quantvla_ros.nodes.origin import Origin
 from quantvla_ros.policies.base import DeviceError
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Inference:
         self._player, self._guard, self._clock = player, guard, clock
         self.settings = settings
         self.latency = LatencyTracker(warm_up=0, budget_s=settings.execute * settings.step_dt_s)
-        self.on_chunk: Callable[[ActionChunk], None] = lambda chunk: None
+        self.on_chunk: Callable[[ActionChunk, Origin], None] = lambda chunk, origin: None
         self.on_trouble: Callable[[str], None] = lambda text: None
         self.speed_scale: Callable[[], float] = lambda: 1.0
         self.shadow: Shadow | None = None  # written and read in the inference thread
@@ -264,7 +265,8 @@ class Inference:
         self._next_ns = chunk.stamp_ns + round((executed_s - self._lead_s) * NS_PER_S)
         self.handover.kept = made
         self.handover.good(self._took_s)
-        self.on_chunk(chunk)
+        origin = Origin.of(made.observation, made.seed, prefixed=made.prefix is not None)
+        self.on_chunk(chunk, origin.of_chunk(chunk))
         shadow, left_s = self.shadow, (self._next_ns - self._clock.now_ns()) / NS_PER_S
         if shadow is not None and shadow.wants(left_s):
             self._thread.submit(lambda: shadow.compare(made))

@@ -13,6 +13,7 @@ POLICY_NODE = 'policy_node'
 ROBOT_DESCRIPTION = 'robot_description'  # std_msgs/msg/String, latched, subscribed
 CHUNK = '~/chunk'  # trajectory_msgs/msg/JointTrajectory, the planned chunk
 SHADOW = '~/shadow'  # trajectory_msgs/msg/JointTrajectory, a shadow's chunk minus the real one
+CHUNK_ORIGIN = '~/chunk_origin'  # std_msgs/msg/String, JSON: what that chunk was made from
 STATUS = '~/status'  # std_msgs/msg/String, JSON, latched
 IS_ACTIVE = '~/is_active'  # std_msgs/msg/Bool, latched: true only while commands flow
 DIAGNOSTICS = '/diagnostics'  # diagnostic_msgs/msg/DiagnosticArray

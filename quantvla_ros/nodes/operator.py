@@ -66,6 +66,10 @@ class Operator:
         """Return the time by the node's clock, which stamps of a bag carry too."""
         return int(self._node.get_clock().now().nanoseconds)
 
+    def hear(self, kind: Any, topic: str, callback: Callable[[Any], None], qos: Any) -> None:
+        """Listen to one more topic while spinning."""
+        self._node.create_subscription(kind, topic, callback, qos)
+
     # waiting -------------------------------------------------------------------------------
 
     def spin(self, seconds: float = 0.05) -> None:

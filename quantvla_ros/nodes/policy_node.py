@@ -29,6 +29,7 @@ from quantvla_ros.nodes.controller_check import ask_controller, check_controller
 from quantvla_ros.nodes.inputs import JOINTS, camera_key, vector_key
 from quantvla_ros.nodes.lifecycle import ManagedNode, run
 from quantvla_ros.nodes.live import LiveParameters
+from quantvla_ros.nodes.origin import Origin
 from quantvla_ros.nodes.serving import Serving
 from quantvla_ros.nodes.snapshot import snapshot
 from quantvla_ros.nodes.swap import Outcome
@@ -49,6 +50,7 @@ class PolicyNode(ManagedNode):
         self._description = ''
         self._chunks = self.create_publisher(JointTrajectory, names.CHUNK, 1)
         self._shadow = self.create_publisher(JointTrajectory, names.SHADOW, 1)
+        self._origins = self.create_publisher(String, names.CHUNK_ORIGIN, 10)
         self._status = self.create_publisher(String, names.STATUS, names.LATCHED)
         self._is_active = self.create_publisher(Bool, names.IS_ACTIVE, names.LATCHED)
         self._diagnostics = self.create_publisher(DiagnosticArray, names.DIAGNOSTICS, 1)
@@ -146,9 +148,10 @@ class PolicyNode(ManagedNode):
     def _on_instruction(self, text: str) -> None:
         self.get_logger().info(f'instruction: {text!r}')
 
-    def _on_chunk(self, chunk: ActionChunk) -> None:
+    def _on_chunk(self, chunk: ActionChunk, origin: Origin) -> None:
         """Show a chunk that was taken over; runs in the inference thread."""
         self._chunks.publish(make_chunk(chunk))
+        self._origins.publish(String(data=origin.text()))
 
     def _on_shadow(self, found: Difference, stamp_ns: int) -> None:
         """Show how far the shadow's chunk is from the one that commands; inference thread."""

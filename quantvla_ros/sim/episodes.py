@@ -94,6 +94,7 @@ class Settings:
     execute 0: the contract's. noise_rad: standard deviation of the command noise. slip: force the
     gripper open once, shortly after it has closed. real: robosuite and LIBERO themselves.
     lighting: as parse_lighting reads it.
+    through_ros: sim_node and policy_node over DDS.
     """
 
     policy: str = 'libero_panda'
@@ -108,6 +109,7 @@ class Settings:
     slip: bool = False
     real: bool = False
     lighting: str = 'day'
+    through_ros: bool = False
 
 
 @dataclass
@@ -116,6 +118,7 @@ class Outcome:
 
     status: success, failure, refused (the policy does not know the instruction's words), or
     crashed, which says nothing about the policy. error: the text of the last two.
+    compared, different: chunks through ROS that were computed again here, and those that differ.
     """
 
     episode: Episode
@@ -125,6 +128,8 @@ class Outcome:
     seconds: float = 0.0
     policy_seconds: float = 0.0
     error: str = ''
+    compared: int = 0
+    different: int = 0
     frame: np.ndarray | None = field(default=None, repr=False)
 
     def line(self) -> dict[str, Any]:

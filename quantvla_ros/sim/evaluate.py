@@ -24,7 +24,7 @@ import numpy as np
 
 from quantvla_ros.contract import load_contract
 from quantvla_ros.resources import share_path
-from quantvla_ros.sim import report
+from quantvla_ros.sim import report, through_ros
 from quantvla_ros.sim.episodes import (
     Episode,
     Outcome,
@@ -66,8 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='force the gripper open once, just after it has lifted the object')
     add('--real', action='store_true',
         help='play in robosuite and LIBERO themselves, with the original textures')
+    add('--through-ros', action='store_true',
+        help='play through sim_node and policy_node over DDS and compare their chunks bit for bit')
     add('--max-texture', type=int, default=MAX_TEXTURE, metavar='PX',
-        help='scale textures down to this, as the shipped policy was trained; 0: originals')
+        help='scale textures down to this; 0: originals; -1: as the shipped policy was trained')
     add('--lighting', default='day', metavar='WORDS',
         help='day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6')
     add('--device', default='cpu', help='where the policy computes: cpu or cuda')
@@ -121,12 +123,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
         slip=args.recovery,
         real=args.real,
         lighting=args.lighting,
+        through_ros=args.through_ros,
     )
     if parse_lighting(args.lighting) != DAY and args.real:
         raise ValueError('--lighting changes our own world; leave out --real')
     check_contract(load_contract(settings.contract), settings)
     if args.ray and settings.batch > 1:
         raise ValueError('--ray players compute their own chunks; leave out --batch')
+    if settings.through_ros:
+        through_ros.check(settings)
     return settings
 
 
@@ -186,6 +191,8 @@ class Keys:
         self.settings = settings
         shared = {item.name: getattr(settings, item.name) for item in fields(settings)}
         del shared['model']  # the content counts, not the place
+        if not settings.through_ros:  # so that logs from before it was a setting stay valid
+            del shared['through_ros']
         self._shared = {
             **shared,
             'contract': repr(load_contract(settings.contract)),
@@ -274,11 +281,12 @@ def evaluate(
     if len(todo) < len(episodes):
         print(f'{len(episodes) - len(todo)} of {len(episodes)} episodes are in {log.path} already')
     if todo:
-        playing = (
-            play_on_ray(todo, settings, workers, ray)
-            if ray
-            else play_in_processes(todo, settings, workers)
-        )
+        if settings.through_ros:
+            playing = through_ros.play_through_ros(todo, settings, log.folder)
+        elif ray:
+            playing = play_on_ray(todo, settings, workers, ray)
+        else:
+            playing = play_in_processes(todo, settings, workers)
         for outcome in progress(playing, len(todo)):
             log.add(key_of[outcome.episode], outcome)
     return [log.lines[key_of[episode]] for episode in episodes]

@@ -27,6 +27,9 @@ RIM_DIRECTIONS = 16
 # how far inside the rim in m and how much the hand leans outwards in rad, tried in this order
 RIM_WAYS = ((0.008, 0.0), (0.022, 0.0), (0.006, 0.3), (0.006, 0.42), (-0.004, 0.3))
 HOVER = 0.08  # m above a grasp
+# rad; a joint this far from its home: the elbow hits what stands around more often than not, and
+# the arm must unfold on the way there
+TWISTED = 1.3
 KNOBBED = ('moka_pot',)
 Pose = tuple[np.ndarray, np.ndarray]  # position (3,), rotation (3, 3)
 YAWS = np.linspace(-np.pi / 2, np.pi / 2, 25)[1:]
@@ -146,21 +149,26 @@ def choose_grasp(
 ) -> Grasp | None:
     """Return the best candidate that the arm reaches without hitting anything.
 
+    Those that twist the arm come last: only the hand is checked for room, not the elbow.
     skip: how many good candidates to pass over, for another try after a failed one.
     """
-    reached, clear = [], []
+    reached, twisted, clear = [], [], []
     for position, rotation in candidates(around, name):
         joints, error = arm.solve(position, rotation, arm.home)
         if error > REACH_ERROR:
             continue
         grasp = Grasp(position, rotation, joints)
         reached.append(grasp)
-        if _has_room(around, arm, position, rotation, joints):
-            clear.append(grasp)
-            if len(clear) > skip:
-                return grasp
+        if not _has_room(around, arm, position, rotation, joints):
+            continue
+        if np.abs(joints - arm.home).max() > TWISTED:
+            twisted.append(grasp)
+            continue
+        clear.append(grasp)
+        if len(clear) > skip:
+            return grasp
     # where nothing is quite clear, a light touch on the way is better than no try
-    found = clear or reached
+    found = clear + twisted or reached
     return found[skip % len(found)] if found else None
 
 

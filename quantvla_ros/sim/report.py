@@ -31,6 +31,9 @@ CAVEAT = (
 )
 
 
+CHUNK_COUNTS = ('chunks', 'compared', 'different')
+
+
 def machine() -> str:
     """Name the processor and how many cores this process may use."""
     name = platform.processor() or platform.machine()
@@ -113,6 +116,7 @@ def summarize(lines: Sequence[Line], settings: Settings) -> dict[str, Any]:
         'caps': {suite: next(x['cap'] for x in lines if x['suite'] == suite) for suite in suites},
         'caveat': CAVEAT,
         'variants': variants,
+        'chunks': {key: sum(line.get(key, 0) for line in lines) for key in CHUNK_COUNTS},
         'pairs': [pair(groups[a], groups[b]) for a, b in combinations(groups, 2)],
         'failures': [
             {k: x[k] for k in ('key', 'suite', 'task', 'start', 'steps', 'status', 'error')}
@@ -164,10 +168,23 @@ def as_text(summary: Mapping[str, Any]) -> str:
             f'{p["first"]} against {p["second"]}, {p["pairs"]} pairs: only the first '
             f'{p["only_first"]}, only the second {p["only_second"]}, McNemar p = {p["p"]:.3g}'
         )
+    out += _comparison(summary)
     plain = asdict(Settings())
     changed = [f'{k} {v}' for k, v in summary['settings'].items() if v != plain[k]]
     out.append('; '.join([f'step caps: {_caps(summary)}', *changed, summary['machine']]))
     return '\n'.join([*out, summary['caveat']])
+
+
+def _comparison(summary: Mapping[str, Any]) -> list[str]:
+    """Say how many chunks through ROS were computed again, and what came of it."""
+    if not summary['settings']['through_ros']:
+        return []
+    c = summary['chunks']
+    return [
+        f'{c["compared"]} of {c["chunks"]} chunks were computed again in process from the same '
+        f'frames and seed: {c["compared"] - c["different"]} equal bit for bit, '
+        f'{c["different"]} different'
+    ]
 
 
 def _html_table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
@@ -206,6 +223,7 @@ def as_html(
             ('variant', 'suite', 'solved', 'rate [95 % Wilson]', 'by task'), rows(summary)
         ),
     ]
+    parts += [f'<p>{html.escape(line)}</p>' for line in _comparison(summary)]
     if pairs:
         head = ('first', 'second', 'pairs', 'only first', 'only second', 'McNemar p')
         parts += ['<h2>Pairs</h2>', _html_table(head, pairs)]

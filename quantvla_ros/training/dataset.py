@@ -8,7 +8,7 @@ measured joints. Every process holds its own share of the episodes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,7 @@ class _File:
     path: Path
     task: str
     held_out: bool
+    kinds: list[str]
     frames: np.ndarray
     steps: np.ndarray
     states: np.ndarray
@@ -74,7 +75,7 @@ def _read(path: Path, held_out: bool) -> _File:
     with np.load(path, allow_pickle=False) as data:
         header = json.loads(bytes(data['header']))
         return _File(
-            path, header['task'], held_out, data['frames'], data['steps'],
+            path, header['task'], held_out, header['kinds'], data['frames'], data['steps'],
             data['states'].astype(np.float32) * np.float32(QUANTUM),
             data['commands'].astype(np.float32) * np.float32(QUANTUM))
 
@@ -95,11 +96,14 @@ def load_demonstrations(
     rank: int = 0,
     ranks: int = 1,
     later_weight: float = 1.0,
+    kinds: Collection[str] = (),
 ) -> Demonstrations:
     """Put this process's share of the rendered episodes on the device.
 
     later_weight: how often a frame of the second and later folders is drawn against one of the
-    first. Raises ValueError when there is nothing to load.
+    first. kinds: of the episodes that are drawn, all when empty; the rest serve for
+    validation alone. Raises ValueError when there is
+    nothing to load.
     """
     paths = rendered_files(folders)[rank::ranks]
     if not paths:
@@ -121,11 +125,11 @@ def load_demonstrations(
     for file in files:
         number = vocabulary.encode(instructions[file.task])
         heavy = later_weight if file.path.parent != folders[0] else 1.0
-        for frames, steps in zip(file.frames, file.steps, strict=True):
+        for frames, steps, kind in zip(file.frames, file.steps, file.kinds, strict=True):
             first.append(step + FRAME_EVERY * np.arange(frames))
             last.append(np.full(frames, step + steps - 1))
             words.append(np.tile(number, (frames, 1)))
-            weight.append(np.full(frames, heavy))
+            weight.append(np.full(frames, heavy if not kinds or kind in kinds else 0.0))
             held_out.append(np.full(frames, file.held_out))
             step += int(steps)
 

@@ -2,9 +2,9 @@
 """Demonstrations by the scripted expert: disturbed on purpose, labelled cleanly, kept if solved.
 
 An episode may begin with a prelude that is not recorded (an arm elsewhere, a missed grasp, a
-dropped or misplaced or nudged object), so that recoveries are in the data. While it is recorded,
-correlated noise is added to what the arm is told, and never to the label (DART). Draws its starts
-from the task files' regions only.
+dropped, misplaced, nudged or overturned object), so that recoveries are in the data. While it is
+recorded, correlated noise is added to what the arm is told, and never to the label (DART). Draws
+its starts from the task files' regions only.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from quantvla_ros.sim.world import CLOSE, OPEN, World
 
 CAPS = {'libero_object': 320, 'libero_spatial': 320, 'libero_goal': 380, 'libero_10': 640}
 FRAME_EVERY = 3  # steps between two frames that are kept for training
-PRELUDES = ('none', 'elsewhere', 'missed', 'dropped', 'misplaced', 'nudged')
-PRELUDE_SHARES = (0.42, 0.2, 0.12, 0.12, 0.07, 0.07)
+PRELUDES = ('none', 'elsewhere', 'missed', 'dropped', 'misplaced', 'nudged', 'toppled')
+PRELUDE_SHARES = (0.4, 0.19, 0.12, 0.12, 0.07, 0.05, 0.05)
 NOISE_RAD = (0.0, 0.01, 0.02, 0.035)
 NOISE_SHARES = (0.25, 0.25, 0.3, 0.2)
 NOISE_MEMORY = 0.85  # of the correlated noise, from step to step
+NUDGE_SPIN, TOPPLE_SPIN = (-2.0, 2.0), (7.0, 12.0)  # rad/s
+ROLL_STEPS = 14  # until what was pushed lies still
 NEAR_THINGS = 0.35  # share of the noise that is left while the hand is slow or closing
 
 
@@ -134,7 +136,9 @@ def prelude(kind: str, world: World, rng: np.random.Generator, cap: int) -> bool
     elif kind in ('dropped', 'misplaced'):
         return _lose(kind, world, rng, cap)
     elif kind == 'nudged':
-        _nudge(world, rng)
+        _push(world, rng, rng.uniform(0.2, 0.7), NUDGE_SPIN)
+    elif kind == 'toppled':
+        _push(world, rng, 0.0, TOPPLE_SPIN)
     return bool(np.isfinite(world.data.qpos).all())
 
 
@@ -207,17 +211,25 @@ def _shift_once(expert: Expert, rng: np.random.Generator) -> None:
     ]
 
 
-def _nudge(world: World, rng: np.random.Generator) -> None:
-    """Push what is to be taken, as a clumsy hand would; it may fall over."""
+def _push(
+    world: World, rng: np.random.Generator, speed: float, spin: tuple[float, float]
+) -> None:
+    """Push what is to be taken, as a clumsy hand would: along the table, or over.
+
+    speed: m/s along the table. spin: range in rad/s about an axis in the plane.
+    """
     wanted = _wanted(world)
     if not wanted:
         return
     joint = world.model.body_jntadr[world.thing_body(str(rng.choice(wanted)))]
     dof = world.model.jnt_dofadr[joint]
-    angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.7)
-    world.data.qvel[dof : dof + 2] = speed * np.cos(angle), speed * np.sin(angle)
-    world.data.qvel[dof + 3 : dof + 6] = rng.uniform(-2.0, 2.0, 3)
+    angle = rng.uniform(0, 2 * np.pi)
+    along = np.array([np.cos(angle), np.sin(angle), 0.0])
+    world.data.qvel[dof : dof + 3] = speed * along
+    over = rng.uniform(*spin) * np.array([-along[1], along[0], 0.0])
+    matrix = world.data.xmat[world.model.jnt_bodyid[joint]].reshape(3, 3)
+    world.data.qvel[dof + 3 : dof + 6] = matrix.T @ over  # of a free joint, in the body's frame
     mujoco.mj_forward(world.model, world.data)
     hold = world.arm_positions().copy()
-    for _ in range(14):
+    for _ in range(ROLL_STEPS):
         world.step(hold, OPEN)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,16 @@ from quantvla_ros.training.processes import Say
 STATE = 'training.pt'
 CLOCK_EVERY = 8  # steps between two looks at the first process's clock
 STATE_NOISE = (0.003,) * JOINTS + (0.0003,) * 2  # rad and m added to the measured joints
-EMA_MOST = 0.999
 FLOOR = 0.02  # of the learning rate at the end
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How to train. seconds: of the schedule; steps > 0 replaces it. batch: per process."""
+    """How to train. seconds: of the schedule; steps > 0 replaces it. batch: per process.
+
+    ema 0 exports the last weights themselves; augment and state_noise False leave the frames and
+    the measured joints as they were: to see what each is worth.
+    """
 
     seconds: float = 300.0
     steps: int = 0
@@ -56,6 +59,9 @@ class FitSettings:
     checkpoint_s: float = 120.0
     compiled: bool = False
     bfloat16: bool = True
+    ema: float = 0.999
+    augment: bool = True
+    state_noise: bool = True
 
 
 class Trainer:
@@ -106,10 +112,14 @@ class Trainer:
         rows = torch.searchsorted(self.chances, at * self.chances[-1])
         frames = self.train_frames[rows.clamp_max(len(self.train_frames) - 1)]
         state, action = self.data.labels(frames, self.net.config.chunk)
-        seen = state + torch.randn_like(state) * self.noise
+        seen = state
+        if self.settings.state_noise:
+            seen = state + torch.randn_like(state) * self.noise
         # the target stays where it is: the label is relative to the reading that is given
         action[..., :JOINTS] += (state - seen)[:, None, :JOINTS]
-        return (augment(self.data.images[frames]), self.data.words[frames],
+        images = self.data.images[frames]
+        images = augment(images) if self.settings.augment else to_network(images)
+        return (images, self.data.words[frames],
                 *self.normalize(seen, action))
 
     def normalize(self, state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +143,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        decay = min(EMA_MOST, (1 + self.step) / (10 + self.step))
+        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             torch._foreach_lerp_(
                 list(self.average.parameters()), list(self.net.parameters()), 1 - decay)
@@ -237,8 +247,13 @@ def schedule(trainer: Trainer) -> Iterator[float]:
         yield part
 
 
-def fit(trainer: Trainer, out: Path, say: Say) -> list[dict[str, float]]:
-    """Train to the end of the schedule; the first process logs, validates and saves."""
+def fit(
+    trainer: Trainer, out: Path, say: Say, about: Mapping[str, Any] | None = None
+) -> list[dict[str, float]]:
+    """Train to the end of the schedule; the first process logs, validates and saves.
+
+    about: what log.json shall also say, such as where the data came from.
+    """
     log: list[dict[str, float]] = []
     total, since, saved = torch.zeros((), device=trainer.device), 0, time.monotonic()
     told = time.monotonic()
@@ -264,9 +279,16 @@ def fit(trainer: Trainer, out: Path, say: Say) -> list[dict[str, float]]:
         log.append(last)
         trainer.save(out)
         (out / 'log.json').write_text(json.dumps(
-            {'settings': asdict(trainer.settings), 'ranks': trainer.ranks, 'log': log}, indent=1))
+            {**(about or {}), 'settings': asdict(trainer.settings), 'ranks': trainer.ranks,
+             'device': device_name(trainer.device), 'torch': torch.__version__, 'log': log},
+            indent=1))
         say('end: ' + ' '.join(f'{k} {v:.4g}' for k, v in last.items()))
     return log
+
+
+def device_name(device: torch.device) -> str:
+    """Name what the training runs on."""
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
 
 
 def export(trainer: Trainer, vocabulary: Vocabulary, contract: str, folder: Path) -> str:

@@ -38,18 +38,24 @@ DONE = 'simulated'
 
 
 class Worlds:
-    """Keeps the worlds of a few tasks; loading one takes a second or two."""
+    """Keeps the worlds of a few tasks; loading one takes a second or two.
 
-    def __init__(self, max_texture: int, most: int = TASKS_PER_PROCESS + 1) -> None:
-        self.max_texture, self.most = max_texture, most
-        self._kept: dict[Task, World] = {}
+    textures: texture limits (see sim.scenes); where there are several, the number of a file or
+    an attempt decides which one it shows, so that the policy learns all of them.
+    """
 
-    def __getitem__(self, task: Task) -> World:
-        if task not in self._kept:
+    def __init__(self, textures: Sequence[int], most: int = TASKS_PER_PROCESS + 1) -> None:
+        self.textures, self.most = tuple(textures), most
+        self._kept: dict[tuple[Task, int], World] = {}
+
+    def world(self, task: Task, number: int = 0) -> World:
+        """Return the world of a task, in the look of this number."""
+        key = task, self.textures[number % len(self.textures)]
+        if key not in self._kept:
             if len(self._kept) >= self.most:
                 self._kept.pop(next(iter(self._kept))).close()
-            self._kept[task] = World(load_scene(*task, self.max_texture))
-        return self._kept[task]
+            self._kept[key] = World(load_scene(*task, key[1]))
+        return self._kept[key]
 
 
 def task_of(name: str) -> Task:
@@ -89,10 +95,10 @@ def shares(jobs: Sequence[tuple[Task, int]], tasks: Sequence[Task], processes: i
     return [sorted(share, key=lambda job: job[1]) for share in found]
 
 
-def simulate(share: Sequence[tuple[Task, int]], folder: str, seed: int, max_texture: int,
+def simulate(share: Sequence[tuple[Task, int]], folder: str, seed: int, textures: Sequence[int],
              until: float) -> None:
     """Make the files of one process, until the time is up."""
-    worlds = Worlds(max_texture)
+    worlds = Worlds(textures[:1])  # physics knows no texture
     samplers: dict[Task, StartSampler] = {}
     for task, first in share:
         path = Path(folder) / f'{task[0]}_{task[1]}_{seed}_{first:05d}.npz'
@@ -100,7 +106,7 @@ def simulate(share: Sequence[tuple[Task, int]], folder: str, seed: int, max_text
             continue
         if time.time() > until:
             return
-        world = worlds[task]
+        world = worlds.world(task)
         sampler = samplers.setdefault(task, StartSampler(world))
         sampler.world = world
         found: list[Demonstration] = []
@@ -117,9 +123,9 @@ def simulate(share: Sequence[tuple[Task, int]], folder: str, seed: int, max_text
             file.write(f'{world.scene.name} {len(found)} {PER_FILE}\n')
 
 
-def render_files(folder: str, tasks: Sequence[Task], max_texture: int, stop: str) -> None:
+def render_files(folder: str, tasks: Sequence[Task], textures: Sequence[int], stop: str) -> None:
     """Render frames of files of some tasks as they appear, until the stop file does."""
-    worlds, mine = Worlds(max_texture, most=3), {f'{s}_{n}' for s, n in tasks}
+    worlds, mine = Worlds(textures, most=3), {f'{s}_{n}' for s, n in tasks}
     while True:
         finished = Path(stop).exists()
         waiting = [
@@ -134,9 +140,14 @@ def render_files(folder: str, tasks: Sequence[Task], max_texture: int, stop: str
             time.sleep(0.3)
 
 
+def look_of(path: Path) -> int:
+    """Return the number that decides which textures a file of episodes shows."""
+    return zlib.crc32(path.name.encode())
+
+
 def _render_file(path: Path, worlds: Worlds) -> None:
     episodes = read_episodes(path)
-    world = worlds[task_of(episodes[0].task)]
+    world = worlds.world(task_of(episodes[0].task), look_of(path))
     frames = []
     for episode in episodes:
         for qpos in episode.qpos:
@@ -161,7 +172,7 @@ def generate(
     seed: int,
     simulators: int,
     renderers: int,
-    max_texture: int,
+    textures: Sequence[int],
     limit_s: float,
     say: Say,
 ) -> None:
@@ -173,9 +184,9 @@ def generate(
     files = file_jobs(tasks, attempts)
     parts = shares(files, tasks, simulators)
     jobs: list[tuple[object, ...]] = [
-        ('simulate', part, str(folder), seed, max_texture, until) for part in parts]
+        ('simulate', part, str(folder), seed, tuple(textures), until) for part in parts]
     jobs += [
-        ('render', str(folder), list(tasks[index::renderers]), max_texture, str(stop))
+        ('render', str(folder), list(tasks[index::renderers]), tuple(textures), str(stop))
         for index in range(min(renderers, len(tasks)))
     ]
     log = folder / f'{DONE}.txt'
@@ -192,13 +203,14 @@ def generate(
 
 
 def render(
-    tasks: Sequence[Task], folder: Path, renderers: int, max_texture: int, limit_s: float, say: Say
+    tasks: Sequence[Task], folder: Path, renderers: int, textures: Sequence[int], limit_s: float,
+    say: Say,
 ) -> None:
     """Render the frames of every file of episodes that lacks them."""
     stop = folder / 'stop'
     stop.touch()
     jobs = [
-        ('render', str(folder), list(tasks[index::renderers]), max_texture, str(stop))
+        ('render', str(folder), list(tasks[index::renderers]), tuple(textures), str(stop))
         for index in range(min(renderers, len(tasks)))
     ]
 

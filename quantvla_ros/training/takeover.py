@@ -3,7 +3,9 @@
 
 Starts are drawn from the task files' regions, as for demonstrations. Where the policy does not
 reach the goal in time, the expert goes on from the end and from a moment before it; what it then
-commands is recorded as a demonstration. Some successes are interrupted too.
+commands is recorded as a demonstration. Some successes are interrupted too. In some attempts the
+hand is forced open once while it carries, or the commands are noisy. Without the expert, the same
+attempts undisturbed say how good a policy is, on starts that are not the official ones.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from typing import Any
 import numpy as np
 
 from quantvla_ros.contract import load_contract
-from quantvla_ros.sim.episodes import Settings, Variant, cap_of, observe, seed_of
+from quantvla_ros.sim.episodes import (
+    Disturbance,
+    Episode,
+    Settings,
+    Variant,
+    cap_of,
+    observe,
+    seed_of,
+)
 from quantvla_ros.sim.expert import Expert
 from quantvla_ros.sim.players import BatchedInference
 from quantvla_ros.sim.rendering import mujoco
@@ -40,6 +50,8 @@ from quantvla_ros.training.store import write_episodes
 EXECUTE = 8
 SNAPSHOT_EVERY = 8  # steps
 INTERRUPT = 0.3  # share of successes the expert takes over in the middle of
+DISTURBED = 0.25  # share of attempts that begin with a prelude
+SLIPS, NOISY, NOISY_RAD = 0.15, 0.15, 0.02
 PATIENCE_S = 0.004
 PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS
 
@@ -67,7 +79,7 @@ def restore(world: World, snapshot: Snapshot) -> None:
 
 
 def roll_out(
-    world: World, task: Task, number: int, rng: np.random.Generator, connection: Connection
+    world: World, task: Task, number: int, disturb: Disturbance, connection: Connection
 ) -> tuple[bool, list[Snapshot]]:
     """Let the policy act until success or the cap; return which, and snapshots on the way."""
     contract = load_contract('libero_panda')
@@ -80,11 +92,26 @@ def roll_out(
         positions = connection.recv()
         middle = 0.5 * (contract.gripper.open_position + contract.gripper.closed_position)
         for row in positions[:EXECUTE]:
-            world.step(row[:-1], CLOSE if row[-1] < middle else OPEN)
+            world.step(*disturb(row[:-1], CLOSE if row[-1] < middle else OPEN))
             steps += 1
             if world.success():
                 return True, snapshots
     return False, [*snapshots, take_snapshot(world)]
+
+
+def disturbance(task: Task, number: int, settings: Settings) -> Disturbance:
+    """Return what an attempt suffers from; the same for every policy."""
+    return Disturbance(settings, Episode(Variant(), *task, number, cap_of(task[0])))
+
+
+def play_alone(
+    world: World, task: Task, number: int, sampler: StartSampler, seed: int,
+    connection: Connection,
+) -> tuple[bool, list[Demonstration]]:
+    """Play one undisturbed attempt of the policy from a drawn start; show nothing."""
+    sampler.draw(rng_of(task, number, seed)).put(world)
+    disturb = disturbance(task, number, Settings(seed=seed))
+    return roll_out(world, task, number, disturb, connection)[0], []
 
 
 def take_over(
@@ -95,9 +122,14 @@ def take_over(
     rng = rng_of(task, number, seed)
     start = sampler.draw(rng)
     start.put(world)
-    if rng.random() < 0.25:
-        prelude(str(rng.choice(['elsewhere', 'missed', 'nudged'])), world, rng, CAPS[task[0]])
-    success, snapshots = roll_out(world, task, number, rng, connection)
+    if rng.random() < DISTURBED:
+        kind = str(rng.choice(['elsewhere', 'missed', 'nudged', 'toppled']))
+        prelude(kind, world, rng, CAPS[task[0]])
+    luck = rng.random()
+    slips, noisy = luck < SLIPS, SLIPS <= luck < SLIPS + NOISY
+    disturb = disturbance(task, number, Settings(
+        seed=seed, slip=slips, noise_rad=NOISY_RAD if noisy else 0.0))
+    success, snapshots = roll_out(world, task, number, disturb, connection)
     if success:
         chosen = [int(rng.integers(len(snapshots)))] if rng.random() < INTERRUPT else []
     else:
@@ -114,18 +146,19 @@ def take_over(
 
 def _work(
     connection: Connection, share: Sequence[tuple[Task, int]], folder: str, seed: int,
-    max_texture: int, until: float,
+    textures: Sequence[int], until: float, alone: bool,
 ) -> None:
-    worlds = Worlds(max_texture)
+    worlds = Worlds(textures)
     samplers: dict[Task, StartSampler] = {}
+    attempt = play_alone if alone else take_over
     for task, number in share:
         if time.time() > until:
             break
-        world = worlds[task]
+        world = worlds.world(task, number)
         sampler = samplers.setdefault(task, StartSampler(world))
         sampler.world = world
         try:
-            success, shown = take_over(world, task, number, sampler, seed, connection)
+            success, shown = attempt(world, task, number, sampler, seed, connection)
         except (ValueError, np.linalg.LinAlgError, OverflowError) as error:
             connection.send(('bad', f'{world.scene.name}/{number}: {error}'))
             continue
@@ -138,11 +171,12 @@ def _work(
 
 def gather(
     shares: Sequence[Sequence[tuple[Task, int]]], model: str, folder: Path, seed: int,
-    device: str, max_texture: int, limit_s: float, say: Say,
+    device: str, textures: Sequence[int], limit_s: float, say: Say, *, alone: bool = False,
 ) -> dict[str, list[int]]:
     """Play all shares, one process each, computing chunks here; return per task what came of it.
 
-    The lists are attempts, successes of the policy and demonstrations by the expert.
+    alone: without disturbance and expert. The lists are attempts, successes of the policy and
+    demonstrations by the expert.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context, until = mp.get_context('spawn'), time.time() + limit_s
@@ -152,8 +186,8 @@ def gather(
     for share in shares:
         mine, theirs = context.Pipe()
         process = context.Process(
-            target=_work, args=(theirs, share, str(folder), seed, max_texture, until),
-            daemon=True)
+            target=_work,
+            args=(theirs, share, str(folder), seed, tuple(textures), until, alone), daemon=True)
         process.start()
         theirs.close()
         team.append(process)

@@ -2,8 +2,9 @@
 """`quantvla train STAGE`: make the shipped policy again from nothing, stage by stage.
 
 demos: demonstrations and their frames. fit: train, go on, or fine-tune. takeover: roll the policy
-out and let the expert go on where it failed. render: frames of what lacks them. All stages share
-one work folder and can be interrupted and repeated.
+out and let the expert go on where it failed. render: frames of what lacks them. select: play
+models from drawn starts, never official ones, and name the best. card: the log of it all for the
+model card. All stages share one work folder and can be interrupted and repeated.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ from quantvla_ros.training.fit import (
 from quantvla_ros.training.generate import generate, render
 from quantvla_ros.training.processes import gpu_count
 
-STAGES = ('demos', 'fit', 'takeover', 'render')
+STAGES = ('demos', 'fit', 'takeover', 'render', 'select', 'card')
+ABLATIONS = ('augmentation', 'average', 'noise', 'preludes')
+SELECT_SEED = 90_000  # added to --seed: starts that nothing was trained on
+PLAIN_KINDS = ('none', 'elsewhere')  # nothing to recover from
 WORDS = 20
 CONTRACT = 'libero_panda'
 SMALL = {'vision_width': 64, 'vision_layers': 1, 'vision_mlp': 64, 'width': 64, 'layers': 1,
@@ -52,14 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('stage', choices=STAGES)
     add('--work', type=Path, required=True, help='folder of data, checkpoints and the model')
     add('--suites', default=','.join(MAIN_SUITES), help='suites or tasks, as in libero_goal/3')
-    add('--max-texture', type=int, default=512)
+    add('--textures', default='512,0', metavar='PX,...',
+        help='texture limits, mixed by file and attempt; 0: originals (default 512,0)')
     add('--seed', type=int, default=0)
     add('--limit', type=float, default=3600.0, metavar='S', help='stop data stages after this')
     add('--cores', type=int, default=0, help='processes that simulate; default: most cores')
     add('--renderers', type=int, default=0, help='processes that render; default: five per GPU')
     add('--attempts', type=int, default=160, help='per task')
     add('--data', default='demos', help='folders in the work folder, joined by commas')
-    add('--model', type=Path, default=None, help='folder of the model; default: WORK/model')
+    add('--model', default='model', metavar='NAME',
+        help='folder of the model in the work folder; several, joined by commas, for select')
     add('--init', type=Path, default=None, help='fine-tune this model instead of a fresh one')
     add('--resume', action='store_true', help='go on from the last checkpoint')
     add('--gpus', type=int, default=-1, help='default: all there are')
@@ -71,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--later-weight', type=float, default=1.0,
         help='how often frames of the second and later data folders are drawn')
     add('--compile', action='store_true')
-    add('--small', action='store_true', help='a tiny network, to try the stage out')
+    add('--small', action='store_true',
+        help='a tiny network that knows the words of --suites alone, to try the stages out')
+    add('--without', default='', metavar='NAMES',
+        help=f'fit: leave out, to see what it is worth: {", ".join(ABLATIONS)}')
     add('--shard', default='0/1', help='takeover: part i/n of the attempts')
 
 
@@ -80,21 +89,35 @@ def say(line: str) -> None:
     print(f'[{time.strftime("%H:%M:%S")}] {line}', flush=True)
 
 
-def instructions() -> dict[str, str]:
+def instructions(args: argparse.Namespace) -> dict[str, str]:
     """Return task name -> instruction of all four suites: the vocabulary never shrinks."""
-    return {
-        f'{suite}_{number}': load_scene(suite, number, 512).instruction
-        for suite, count in MAIN_SUITES.items() for number in range(count)
-    }
+    tasks = parse_tasks(args.suites if args.small else ','.join(MAIN_SUITES))
+    texture = textures_of(args)[0]
+    return {f'{s}_{n}': load_scene(s, n, texture).instruction for s, n in tasks}
+
+
+def textures_of(args: argparse.Namespace) -> list[int]:
+    """Return the texture limits. Raises ValueError for what is no number."""
+    parts = args.textures.split(',')
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f'--textures {args.textures!r}: expected numbers of pixels such as 512,0')
+    return [int(part) for part in parts]
+
+
+def without(args: argparse.Namespace) -> set[str]:
+    """Return what --without leaves out. Raises ValueError that lists what may be."""
+    names = set(filter(None, args.without.split(',')))
+    if not names <= set(ABLATIONS):
+        raise ValueError(f'--without {args.without!r}: known are {", ".join(ABLATIONS)}')
+    return names
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one stage."""
     args.work.mkdir(parents=True, exist_ok=True)
-    args.model = args.model or args.work / 'model'
     started = time.monotonic()
-    {'demos': run_demos, 'fit': run_fit, 'takeover': run_takeover, 'render': run_render}[
-        args.stage](args)
+    {'demos': run_demos, 'fit': run_fit, 'takeover': run_takeover, 'render': run_render,
+     'select': run_select, 'card': run_card}[args.stage](args)
     say(f'{args.stage} took {time.monotonic() - started:.0f} s')
     return 0
 
@@ -109,35 +132,65 @@ def run_demos(args: argparse.Namespace) -> None:
     """Make demonstrations and render them."""
     simulators, renderers = _processes(args)
     generate(parse_tasks(args.suites), args.work / args.data, args.attempts, args.seed,
-             simulators, renderers, args.max_texture, args.limit, say)
+             simulators, renderers, textures_of(args), args.limit, say)
 
 
 def run_render(args: argparse.Namespace) -> None:
     """Render what lacks frames."""
     _, renderers = _processes(args)
     for folder in args.data.split(','):
-        render(parse_tasks(args.suites), args.work / folder, renderers, args.max_texture,
+        render(parse_tasks(args.suites), args.work / folder, renderers, textures_of(args),
                args.limit, say)
+
+
+def _shares(args: argparse.Namespace) -> list[list[tuple[tuple[str, int], int]]]:
+    """Divide the attempts of this shard among processes, few tasks for each."""
+    part, _, parts = args.shard.partition('/')
+    tasks = parse_tasks(args.suites)
+    attempts = [(task, number) for number in range(args.attempts) for task in tasks]
+    mine = sorted(attempts[int(part) :: int(parts)])
+    size = -(-len(mine) // _processes(args)[0])
+    return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
 def run_takeover(args: argparse.Namespace) -> None:
     """Roll the policy out and record the expert."""
     from quantvla_ros.training.takeover import gather
 
-    part, _, parts = args.shard.partition('/')
-    tasks = parse_tasks(args.suites)
-    attempts = [(task, number) for number in range(args.attempts) for task in tasks]
-    mine = sorted(attempts[int(part) :: int(parts)])
-    cores = _processes(args)[0]
-    size = -(-len(mine) // cores)
-    shares = [mine[i : i + size] for i in range(0, len(mine), size)]
-    for share in shares:
-        share.sort(key=lambda item: item[0])
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    found = gather(shares, str(args.model), args.work / args.data, args.seed, device,
-                   args.max_texture, args.limit, say)
-    name = args.work / args.data / f'takeover_{part}.json'
-    name.write_text(json.dumps(found, indent=1))
+    folder = args.work / args.data
+    found = gather(_shares(args), str(args.work / args.model), folder, args.seed, _device(),
+                   textures_of(args), args.limit, say)
+    (folder / f'takeover_{args.shard.partition("/")[0]}.json').write_text(
+        json.dumps(found, indent=1))
+
+
+def _device() -> str:
+    return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def run_select(args: argparse.Namespace) -> None:
+    """Play every model from the same drawn starts; write selection.json and name the best."""
+    from quantvla_ros.training.card import choose
+    from quantvla_ros.training.takeover import gather
+
+    found = {
+        name: gather(_shares(args), str(args.work / name), args.work / 'select',
+                     args.seed + SELECT_SEED, _device(), textures_of(args), args.limit, say,
+                     alone=True)
+        for name in args.model.split(',')
+    }
+    selection = choose(found, args.attempts, args.seed + SELECT_SEED)
+    (args.work / 'selection.json').write_text(json.dumps(selection, indent=1))
+    for name, row in selection['models'].items():
+        say(f'{name}: {row["solved"]}/{row["attempts"]} from drawn starts')
+    say(f'best: {selection["best"]}')
+
+
+def run_card(args: argparse.Namespace) -> None:
+    """Write the log of the training into the model's card."""
+    from quantvla_ros.training.card import write_card
+
+    say(f'wrote {write_card(args.work, args.model)}')
 
 
 # -- fit ---------------------------------------------------------------------------------------
@@ -168,10 +221,12 @@ def fit_process(rank: int, ranks: int, args: argparse.Namespace) -> None:
     """One process of training."""
     device = torch.device('cuda', rank) if torch.cuda.is_available() else torch.device('cpu')
     torch.set_float32_matmul_precision('high')
-    texts = instructions()
+    texts, left_out = instructions(args), without(args)
     vocabulary = Vocabulary.of(texts.values(), WORDS)
     folders = [args.work / name for name in args.data.split(',')]
-    data = load_demonstrations(folders, texts, vocabulary, device, rank, ranks, args.later_weight)
+    kinds = PLAIN_KINDS if 'preludes' in left_out else ()
+    data = load_demonstrations(
+        folders, texts, vocabulary, device, rank, ranks, args.later_weight, kinds)
     config = VlaConfig(words=WORDS, vocabulary=-(-len(vocabulary.words) // 64) * 64,
                        **(SMALL if args.small else {}))
     statistics, weights = _statistics(args, data, rank, ranks, config), None
@@ -181,7 +236,9 @@ def fit_process(rank: int, ranks: int, args: argparse.Namespace) -> None:
     settings = FitSettings(
         seconds=args.seconds, steps=args.steps, batch=args.batch, rate=args.rate,
         warm_up=args.warm_up, seed=args.seed, later_weight=args.later_weight,
-        compiled=args.compile, bfloat16=device.type == 'cuda')
+        compiled=args.compile, bfloat16=device.type == 'cuda',
+        ema=0.0 if 'average' in left_out else 0.999,
+        augment='augmentation' not in left_out, state_noise='noise' not in left_out)
     trainer = Trainer(config, data, statistics, settings, device, rank, ranks)
     if weights is not None:
         trainer.start_from({name: value.to(device) for name, value in weights.items()})
@@ -193,15 +250,20 @@ def fit_process(rank: int, ranks: int, args: argparse.Namespace) -> None:
         began = time.monotonic()
         warm_up_compilation(trainer)
         say(f'process {rank}: compiled in {time.monotonic() - began:.0f} s')
-    if args.resume and (args.work / 'fit' / STATE).exists():
-        trainer.load(args.work / 'fit')
+    out = args.work / 'fit' / args.model
+    if args.resume and (out / STATE).exists():
+        trainer.load(out)
         trainer.settings = replace(settings, seconds=max(settings.seconds, trainer.spent_s))
     if ranks > 1:
         dist.barrier()
-    fit(trainer, args.work / 'fit', say)
+    began_at = time.strftime('%Y-%m-%d')
+    fit(trainer, out, say, {
+        'date': began_at, 'data': args.data, 'init': args.init.name if args.init else '',
+        'without': sorted(left_out), 'frames': len(data.first) * ranks,
+        'episodes': data.episodes * ranks, 'cores': os.cpu_count()})
     if rank == 0:
-        digest = export(trainer, vocabulary, CONTRACT, args.model)
-        say(f'wrote {args.model}, sha256 {digest[:16]}')
+        digest = export(trainer, vocabulary, CONTRACT, args.work / args.model)
+        say(f'wrote {args.work / args.model}, sha256 {digest[:16]}')
 
 
 def _statistics(

@@ -113,6 +113,7 @@ def test_wrong_options_are_refused_with_a_sentence(tmp_path, capsys):
         (['--execute', '17'], 'a chunk has 16 steps'),
         (['--suite', 'libero_moon'], "suite 'libero_moon' is unknown"),
         (['--ray', 'auto', '--batch', '2'], 'leave out --batch'),
+        (['--through-ros', '--recovery', '--real'], 'leave out --real, --recovery'),
         (['--video', 'libero_object'], 'expected SUITE/TASK/INIT'),
     ):
         assert play_all(tmp_path, *options) == 2

@@ -2,7 +2,6 @@
 """The inference thread, when a chunk is due, and the control thread; clocks moved by hand."""
 
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +12,16 @@ from quantvla_ros.decode import DecodeError
 from quantvla_ros.nodes.control_thread import ControlThread
 from quantvla_ros.nodes.handover import Handover
 from quantvla_ros.nodes.inference import Inference, InferenceSettings, InferenceThread
+from quantvla_ros.nodes.origin import digest
 from quantvla_ros.nodes.signals import StopRequest
+from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import DeviceError
 
 PATIENCE_S = 30.0
+
+
+def seen_at(stamp_ns):
+    return Observation({}, {}, ('a',), np.zeros(1), stamp_ns, 'go')
 
 
 class Script:
@@ -33,7 +38,7 @@ class Script:
         self.plan = object()
 
     def build(self):
-        return SimpleNamespace(stamp_ns=self.clock.now_ns(), spread_ns=lambda: 0)
+        return seen_at(self.clock.now_ns())
 
     def prepare(self, observation):
         self.gate.wait(PATIENCE_S)
@@ -194,6 +199,18 @@ def test_policy_is_reset_at_each_episode_and_seeds_count_up(thread, script):
     assert script.seeds == [7, 8]
 
 
+def test_a_chunk_comes_with_what_it_was_made_from(thread, script):
+    inference = make(thread, script)
+    shown = []
+    inference.on_chunk = lambda chunk, origin: shown.append((chunk, origin))
+    observed_ns = script.clock.now_ns()
+    inference.poke(observed_ns)
+    settle(thread)
+    chunk, origin = shown[0]
+    assert (origin.seed, origin.joint_stamp_ns, origin.instruction) == (7, observed_ns, 'go')
+    assert origin.chunk_sha256 == digest(chunk.positions)
+
+
 def test_refused_chunk_is_counted_told_and_tried_again_at_once(thread, script):
     inference = make(thread, script)
     told = []
@@ -219,9 +236,9 @@ def test_first_chunk_holds_from_now_on_and_later_ones_from_their_observation(
     while thread._jobs.qsize():
         pass
     seen = threading.Event()
-    inference.on_chunk = lambda chunk: seen.set()
+    inference.on_chunk = lambda chunk, origin: seen.set()
     observed_ns = script.clock.now_ns()
-    script.build = lambda: SimpleNamespace(stamp_ns=observed_ns, spread_ns=lambda: 0)
+    script.build = lambda: seen_at(observed_ns)
     script.clock.advance(1.5)
     script.gate.set()
     assert seen.wait(PATIENCE_S)

@@ -25,8 +25,10 @@ def test_a_task_there_is_not_is_refused_with_what_there_is(text, words):
         scenes.parse_tasks(text)
 
 
-def png(tmp_path, size, srgb):
+def png(tmp_path, size, srgb, text=''):
     chunks = PngImagePlugin.PngInfo()
+    if text:
+        chunks.add_text('Comment', text)
     if srgb:
         chunks.add(b'sRGB', b'\0')
     path = tmp_path / f'{size}{srgb}.png'
@@ -37,14 +39,34 @@ def png(tmp_path, size, srgb):
 
 @pytest.mark.parametrize('srgb', [True, False])
 def test_a_texture_scaled_down_keeps_the_chunk_that_decides_its_colours(tmp_path, srgb):
-    small = packing._shrink_png(png(tmp_path, 64, srgb), 16)
+    small = packing.shrink_png(png(tmp_path, 64, srgb), 16)
     assert Image.open(io.BytesIO(small)).size == (16, 16)
-    assert (b'sRGB' in small) is srgb
+    assert (b'sRGB' in packing.png_chunks(small)) is srgb
+
+
+def test_a_texture_whose_words_say_srgb_does_not_become_one(tmp_path):
+    small = packing.shrink_png(png(tmp_path, 64, srgb=False, text='made for sRGB'), 16)
+    assert b'sRGB' not in packing.png_chunks(small)
+
+
+def test_clear_pixels_keep_their_colour_when_a_texture_is_scaled_down(tmp_path):
+    pixels = np.full((64, 64, 4), 200, np.uint8)
+    pixels[::2, :, :3], pixels[::2, :, 3] = 40, 0
+    path = tmp_path / 'clear.png'
+    Image.fromarray(pixels).save(path)
+    small = np.asarray(Image.open(io.BytesIO(packing.shrink_png(path, 16))))
+    assert small.shape == (16, 16, 3)
+    assert abs(small.mean() - 120) < 1
+
+
+def test_every_look_has_a_folder_of_its_own(monkeypatch):
+    monkeypatch.delenv(scenes.SCENES_VARIABLE, raising=False)
+    assert len({scenes.scenes_folder(look) for look in (packing.AS_SHIPPED, 0, 256, 512)}) == 4
 
 
 def test_a_texture_within_the_limit_is_left_alone(tmp_path):
     path = png(tmp_path, 16, srgb=True)
-    assert packing._shrink_png(path, 16) == path.read_bytes()
+    assert packing.shrink_png(path, 16) == path.read_bytes()
 
 
 def test_files_of_equal_content_are_stored_once_and_named_relative(tmp_path):

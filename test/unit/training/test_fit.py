@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training at tiny size: it learns, it resumes to the same state, what it exports loads back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +129,27 @@ def test_augmented_frames_stay_frames():
     assert seen.shape == to_network(images).shape
     assert seen.min() >= -1 and seen.max() <= 1
     assert 0 < (seen - to_network(images)).abs().mean() < 0.4
+
+
+def test_what_is_left_out_is_left_out(folder):
+    plain, _ = make_trainer(folder, augment=False, state_noise=False, ema=0.0)
+    images, _, state, _ = plain.draw()
+    known = to_network(plain.data.images)
+    assert all(any(torch.equal(image, frame) for frame in known) for image in images)
+    truth, _ = plain.normalize(*plain.data.labels(torch.arange(len(known)), plain.net.config.chunk))
+    assert all(any(torch.equal(one, row) for row in truth) for one in state)
+    plain.learn(0.1)
+    for name, value in plain.net.state_dict().items():
+        assert torch.equal(value, plain.average.state_dict()[name]), name
+
+
+def test_only_episodes_of_the_asked_kinds_are_drawn(folder):
+    vocabulary = Vocabulary.of(TEXTS.values(), 20)
+    first = sorted(folder.glob('*.npz'))[1]
+    episodes = read_episodes(first)
+    write_episodes(first, 'libero_goal_8', [replace(episodes[0], kind='dropped'), episodes[1]])
+    data = load_demonstrations(
+        [folder], TEXTS, vocabulary, torch.device('cpu'), kinds=('none', 'elsewhere'))
+    frames = len(episodes[0].qpos)
+    assert (data.weight == 0).sum() == frames
+    assert (data.weight[2 * frames : 3 * frames] == 0).all()
