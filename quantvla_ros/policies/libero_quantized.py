@@ -22,7 +22,7 @@ from quantvla_ros.policies.libero_checkpoint import (
     read_settings,
     weight_problems,
 )
-from quantvla_ros.policies.libero_program import Stored, recordable
+from quantvla_ros.policies.libero_program import RUN_AT_LOAD, Stored, recordable
 from quantvla_ros.policies.libero_vla import Attention, LiberoVlaNet, rotary_table
 from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.artifact import JSON_NAME, ArtifactError, read_artifact
@@ -51,9 +51,10 @@ def read_quantized(
 ) -> tuple[Checkpoint, LiberoVlaNet, bool]:
     """Return the settings, the network with integer layers, and whether it must be recorded.
 
-    Where programs can serve all layers, the network holds them as Stored, for a ChunkProgram; it
-    does not run by itself. Else each linear is a QuantLinear. On a device other than the CPU the
-    layers are simulated: the same codes and scales, float sums (quant/simulate.py).
+    Where programs can serve all layers of a chunk, the network holds them as Stored, for a
+    ChunkProgram; it does not run by itself. Else each linear is a QuantLinear. On a device other
+    than the CPU the layers are simulated: the same codes and scales, float sums
+    (quant/simulate.py).
     Raises FileNotFoundError, CheckpointError or ArtifactError.
     """
     folder = find_artifact(model, precision)
@@ -73,8 +74,11 @@ def read_quantized(
     artifact = read_artifact(folder, checkpoint.sha256, sites)
     record = device == 'cpu' and recordable(artifact.layers)
     make: Make = simulate if device != 'cpu' else Stored if record else QuantLinear
+    at_load = {name: artifact.layers[name] for name in RUN_AT_LOAD if name in artifact.layers}
+    others = {name: layer for name, layer in artifact.layers.items() if name not in at_load}
     try:
-        replace_linears(net, artifact.layers, make)
+        replace_linears(net, others, make)
+        replace_linears(net, at_load, simulate if device != 'cpu' else QuantLinear)
     except (ValueError, AttributeError) as error:
         raise ArtifactError(f'{folder}: {error}') from error
     _fill(net, path)
