@@ -30,14 +30,32 @@ def torch_peers(x: Tensor, w: Tensor) -> dict[str, Run]:
     }
 
 
-def onednn_peer(x: Tensor, w: Tensor) -> Run:
-    """oneDNN through torch: tokens already quantized per tensor, weights per row, float out."""
+def onednn_product(w: Tensor) -> Callable[[Tensor, float], Tensor]:
+    """oneDNN through torch: uint8 tokens and their zero point, weights per row, float out."""
     q = torch.randint(-127, 128, w.shape, dtype=torch.int8)
     scales, zeros = torch.rand(len(w)), torch.zeros(len(w), dtype=torch.int64)
     packed = torch.ops.onednn.qlinear_prepack(q, None)
+    return lambda xq, scale: torch.ops.onednn.qlinear_pointwise(
+        xq, scale, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, 'none', [], '')
+
+
+def onednn_bare(x: Tensor, w: Tensor) -> Run:
+    """The product alone: the tokens are quantized already, with one scale for all."""
+    product = onednn_product(w)
     xq = torch.randint(0, 256, x.shape, dtype=torch.uint8)
-    return lambda: torch.ops.onednn.qlinear_pointwise(
-        xq, 0.1, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, 'none', [], '')
+    return lambda: product(xq, 0.1)
+
+
+def onednn_per_token(x: Tensor, w: Tensor) -> Run:
+    """What our W8A8 layer does, with oneDNN's product: a scale per token, floats to floats."""
+    product = onednn_product(w)
+
+    def run() -> Tensor:
+        scales = x.abs().amax(1, keepdim=True) / 127
+        xq = torch.round(x / scales).add_(128.0).to(torch.uint8)
+        return product(xq, 1.0).mul_(scales)
+
+    return run
 
 
 def fbgemm_peer(x: Tensor, w: Tensor) -> Run:
@@ -111,7 +129,8 @@ def peers(x: Tensor, w: Tensor, threads: int) -> tuple[dict[str, Run], dict[str,
     found = torch_peers(x, w)
     missing = {}
     makers: dict[str, Callable[[], Run]] = {
-        'onednn qlinear': lambda: onednn_peer(x, w),
+        'onednn bare': lambda: onednn_bare(x, w),
+        'onednn per token': lambda: onednn_per_token(x, w),
         'fbgemm dynamic': lambda: fbgemm_peer(x, w),
         'onnxruntime 4 bits': lambda: onnxruntime_four_bits(x, w, threads),
         'onnxruntime 8 bits': lambda: onnxruntime_eight_bits(x, w, threads),

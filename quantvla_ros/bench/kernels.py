@@ -12,8 +12,10 @@ import ctypes
 import json
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from quantvla_ros.bench.kernel_goals import judge
 from quantvla_ros.bench.kernel_peers import peers
-from quantvla_ros.kernels import native, weights
+from quantvla_ros.kernels import dispatch, native, weights
 from quantvla_ros.kernels.layer import NativeLayer, Options
 
 SHAPES = ((384, 1536), (1024, 1024), (1024, 4096), (2048, 2048), (4096, 1024), (2048, 16384))
@@ -35,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument('--quick', action='store_true', help='two shapes, three token counts')
     parser.add_argument('--paths', default='', help='by comma; default: all here but scalar')
+    parser.add_argument('--shapes', default='', metavar='KxN,...', help='instead of the table')
+    parser.add_argument('--tokens', default='', metavar='M,...', help='instead of the table')
     parser.add_argument('--seconds', type=float, default=0.15, help='for each cell')
+    parser.add_argument('--no-amx', action='store_true', help='neither here nor in oneDNN, which '
+                        'torch uses: as on a machine without it')
     parser.add_argument('--no-peers', action='store_true', help='no other libraries')
     parser.add_argument('--no-chunk', action='store_true', help='leave the whole policy out')
     parser.add_argument('--json', type=Path, help='write all figures to this file')
@@ -64,6 +70,11 @@ def in_turns(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str,
                 best[name] = min(best[name], time.perf_counter() - begin)
         rounds += 1
     return best
+
+
+def _without_amx() -> str:
+    """The best path of this machine but AMX."""
+    return next(p for p in native.PATHS if p != 'amx' and not native.why_not(p))
 
 
 def make_layer(library: ctypes.CDLL, scheme: str, rows: int, columns: int) -> NativeLayer:
@@ -117,7 +128,14 @@ def measure_row(
         'gops': {name: operations / s / 1e9 for name, s in seconds.items()},
         'peak_gops': {path: peak / 1e9 for path, peak in peaks.items()},
     }
-    row['two_threads'] = two_threads(next(iter(paths.values())), x, rows, args.seconds)
+    first = next(iter(paths))
+    if tokens == 1:
+        data = torch.empty(columns * rows // 2, dtype=torch.uint8).fill_(1)
+        rate = paths[first].qv_read_rate(data.data_ptr(), data.numel())
+        row['read_mib'] = data.numel() / 2**20
+        row['read_share'] = data.numel() / seconds[f'{first} w4a8'] / rate
+    else:
+        row['two_threads'] = two_threads(paths[first], x, rows, args.seconds)
     return row
 
 
@@ -134,10 +152,28 @@ def two_threads(library: ctypes.CDLL, x: Tensor, rows: int, seconds: float) -> f
     return took[0] / took[1]
 
 
+def two_cores(library: ctypes.CDLL) -> float:
+    """Return the peak of two threads at once over that of one; 0 where there is one core.
+
+    In registers, so that nothing but the cores themselves is shared: two threads of one core, as
+    many rented machines count them, stay far below 2.
+    """
+    if len(os.sched_getaffinity(0)) < 2:
+        return 0.0
+
+    def peak(_: int) -> float:
+        return statistics.median(library.qv_peak() for _ in range(15))
+
+    alone = peak(0)
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(peak, range(2))) / alone
+
+
 def show(row: dict[str, Any], paths: list[str]) -> None:
     """Print one row of the table."""
+    two = row.get('two_threads')
     print(f'\nK {row["k"]}  N {row["n"]}  tokens {row["m"]}   '
-          f'(two threads: {row["two_threads"]:.2f}x one)')
+          + (f'(two threads: {two:.2f}x one)' if two else ''))
     for name, gops in row['gops'].items():
         path = name.split()[0]
         share = f'{100 * gops / row["peak_gops"][path]:5.1f} % of peak' if path in paths else ''
@@ -146,9 +182,24 @@ def show(row: dict[str, Any], paths: list[str]) -> None:
         print(f'  {name:<24}not measured: {reason}')
 
 
+def _wanted_rows(args: argparse.Namespace) -> tuple[list[tuple[int, int]], list[int]]:
+    """(K, N) of each layer, and the token counts."""
+    shapes = list(SHAPES[1:4:2] if args.quick else SHAPES)
+    tokens = list((1, 50, 256) if args.quick else TOKENS)
+    if args.shapes:
+        pairs = [shape.split('x') for shape in args.shapes.split(',')]
+        shapes = [(int(k), int(n)) for k, n in pairs]
+    if args.tokens:
+        tokens = [int(m) for m in args.tokens.split(',')]
+    return shapes, tokens
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the table, the goals and whether each is met."""
     torch.set_num_threads(1)
+    if args.no_amx:  # oneDNN reads this before its first product
+        os.environ['ONEDNN_MAX_CPU_ISA'] = 'AVX512_CORE_BF16'
+        os.environ.setdefault(dispatch.FORCE, _without_amx())
     wanted = [p for p in args.paths.split(',') if p] or [p for p in native.PATHS if p != 'scalar']
     unknown = sorted(set(wanted) - set(native.PATHS))
     if unknown:
@@ -156,6 +207,8 @@ def run(args: argparse.Namespace) -> int:
     paths = {}
     for name in wanted:
         reason = native.why_not(name)
+        if args.no_amx and name == 'amx':
+            reason = '--no-amx'
         if reason:
             print(f'path {name}: left out, {reason}')
         else:
@@ -163,13 +216,16 @@ def run(args: argparse.Namespace) -> int:
     if not paths:
         raise ValueError('no kernel path runs here; build them: '
                          'python -m quantvla_ros.kernels.cpu.build')
+    vector = next((name for name in paths if name != 'amx'), next(iter(paths)))
     print(f'{processor()}, {os.cpu_count()} cores, torch {torch.__version__}; one thread, '
           f'minimum of many calls; peaks of a core in GOP/s:',
           ', '.join(f'{name} {library.qv_peak() / 1e9:.0f}' for name, library in paths.items()))
-    shapes = SHAPES[1:4:2] if args.quick else SHAPES
+    cores = two_cores(paths[vector])
+    print(f'two threads at once reach {cores:.2f}x the peak of one, {vector}, in registers')
+    shapes, token_counts = _wanted_rows(args)
     rows = []
     for columns, count in shapes:
-        for tokens in (1, 50, 256) if args.quick else TOKENS:
+        for tokens in token_counts:
             rows.append(measure_row(paths, columns, count, tokens, args))
             show(rows[-1], list(paths))
     chunk = {}
@@ -177,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
         from quantvla_ros.bench.kernel_chunk import measure
 
         chunk = measure(seconds=2.0 if args.quick else 5.0)
-    goals = judge(rows, next(iter(paths)), chunk)
+    goals = judge(rows, next(iter(paths)), vector, chunk, cores)
     print('\ngoals')
     for goal in goals:
         print(f'  {"met    " if goal["met"] else "NOT MET"}  {goal["text"]}: {goal["seen"]}')

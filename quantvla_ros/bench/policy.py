@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`quantvla bench policy`: how long the shipped policy takes, and how much memory.
 
+Float rows run eager and compiled, integer rows as they are served: one program for the prefix, one
+for each denoising step. An integer precision without an artifact is rounded to nearest once.
+
 Every row is measured in a process of its own, so that threads, compiled code and peak memory
 belong to that row alone. Inputs are fixed random frames; the time does not depend on them.
 """
@@ -21,11 +24,13 @@ import numpy as np
 from quantvla_ros.contract import load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
+from quantvla_ros.resources import share_path
 from quantvla_ros.sim.report import machine
 
 PARTS = ('prepare', 'step', 'chunk')
 MODES = ('eager', 'compile')
 DTYPES = ('float', 'bfloat16')
+INTEGERS = ('w8a8', 'w4a8')
 WARM_UP = 3
 
 
@@ -36,10 +41,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--contract', default='libero_panda')
     add('--steps', type=int, default=0, help="denoising steps; default: the policy's own")
     add('--threads', default='1,2', metavar='NUMBERS')
-    add('--precision', default=','.join(DTYPES), metavar='NAMES')
-    add('--modes', default=','.join(MODES), metavar='NAMES', help='eager, compile or both')
+    add('--precision', default=','.join([*DTYPES, *INTEGERS]), metavar='NAMES')
+    add('--modes', default=','.join(MODES), metavar='NAMES',
+        help='of the float rows: eager, compile or both')
     add('--repeats', type=int, default=50, help='chunks in each row')
     add('--json', type=Path, metavar='FILE', help='write the rows there too')
+
+
+def found(model: str, precision: str) -> str:
+    """Return the precision, or the artifact that stands for it where the model has none."""
+    from quantvla_ros.calibration.pipeline import nearest_artifact
+    from quantvla_ros.policies.libero_quantized import find_artifact
+    from quantvla_ros.quant.scheme import parse_scheme
+
+    folder = Path(model) if model else share_path('models/libero_panda')
+    if precision in DTYPES:
+        return precision
+    try:
+        return str(find_artifact(folder, precision))
+    except ValueError:
+        parse_scheme(precision)  # says what schemes there are
+        return str(nearest_artifact(folder, precision))
 
 
 def fixed_observation(contract: Any, instruction: str, state: np.ndarray) -> Observation:
@@ -169,13 +191,15 @@ def run(args: argparse.Namespace) -> int:
     """Measure every combination, print the table and the verdict on real time."""
     contract = load_contract(args.contract)
     rows: list[dict[str, Any]] = []
+    unknown = sorted(set(args.modes.split(',')) - set(MODES))
+    if unknown:
+        raise ValueError(f'modes {unknown} are unknown; known are {", ".join(MODES)}')
     for precision in args.precision.split(','):
-        for mode in args.modes.split(','):
-            if mode not in MODES:
-                raise ValueError(f'mode {mode!r} is unknown; known are {", ".join(MODES)}')
+        served = found(args.model, precision)
+        for mode in args.modes.split(',') if precision in DTYPES else ['served']:
             for threads in map(int, args.threads.split(',')):
                 settings = PolicySettings(
-                    model=args.model, precision=precision, steps=args.steps, threads=threads
+                    model=args.model, precision=served, steps=args.steps, threads=threads
                 )
                 row = measure_alone(settings, args.contract, mode, args.repeats)
                 row.update(precision=precision, mode=mode, threads=threads)

@@ -3,8 +3,8 @@
 
 Layers are prepared at load (`prepare`), which checks everything that can be checked once and
 brings the weight into the order that the machine's instructions want. QUANTVLA_KERNEL forces a
-path: avx512vnni, avx2vnni, avx512vl, avx2, i8mm, dotprod, scalar or reference. Where no library
-can be loaded the reference serves, with one warning.
+path: amx, avx512vnni, avx2vnni, avx512vl, avx2, i8mm, dotprod, scalar or reference. Where no
+library can be loaded the reference serves, with one warning.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _chosen() -> tuple[str, str, ctypes.CDLL | None]:
 
 
 def path_name() -> str:
-    """Return the path in use: avx512vnni, avx2vnni, ..., scalar or reference."""
+    """Return the path in use: amx, avx512vnni, avx2vnni, ..., scalar or reference."""
     return _chosen()[0]
 
 
@@ -74,6 +74,7 @@ def prepare(
     *,
     act_bits: int = 8,
     hadamard: int = 0,
+    diagonal: Tensor | None = None,
     activation: str = 'none',
     up: Weight | None = None,
     up_bias: Tensor | None = None,
@@ -81,12 +82,13 @@ def prepare(
 ) -> Layer:
     """Make a Layer: once, at load. See reference.linear for what it computes.
 
-    act_bits 8, 4 or 3; hadamard 0 or 64; activation 'none', 'silu' or 'gelu_tanh' of the product;
+    act_bits 8, 4 or 3; diagonal (K,) float32 multipliers of x, then hadamard 0 or 64, both before
+    x is quantized; activation 'none', 'silu' or 'gelu_tanh' of the product;
     up: a second weight whose product multiplies the activated first one (gated MLP).
     device: 'cpu', or 'cuda' for the Triton kernels, where tokens of 4 bits run as 8-bit ones.
     Raises ValueError with a sentence for what no kernel serves.
     """
-    options = Options(act_bits, hadamard, activation)
+    options = Options(act_bits, hadamard, activation, diagonal)
     check_layer(weight, bias, options, up, up_bias)
     if device != 'cpu':
         return _on_gpu(weight, bias, options, up, up_bias, device)
@@ -116,12 +118,14 @@ def linear(
     act_bits: int = 8,
     act_scale: float | None = None,
     hadamard: int = 0,
+    diagonal: Tensor | None = None,
     activation: str = 'none',
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """Prepare and call in one: for tests and scripts, it brings the weight in order every time."""
-    layer = prepare(weight, bias, act_bits=act_bits, hadamard=hadamard, activation=activation)
+    layer = prepare(weight, bias, act_bits=act_bits, hadamard=hadamard, diagonal=diagonal,
+                    activation=activation)
     return layer(x, act_scale=act_scale, gate=gate, residual=residual)
 
 

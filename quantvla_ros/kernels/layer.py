@@ -8,7 +8,7 @@ copy of its weight, in the machine's order; ReferenceLayer computes the same in 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,21 @@ class Options:
     act_bits: int = 8
     hadamard: int = 0
     activation: str = 'none'
+    diagonal: Tensor | None = None  # (K,) float32 multipliers of x, before the Hadamard
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the tokens of a watched layer looked like when they were quantized, since last asked.
+
+    The largest magnitude of a token is that behind norm, diagonal and Hadamard.
+    """
+
+    tokens: int = 0  # finite ones
+    mean: float = 0.0  # of their largest magnitudes
+    largest: float = 0.0  # of these
+    broken: int = 0  # tokens with a NaN or an infinity
+    clipped: int = 0  # tokens beyond the reach of a static scale; 0 where scales are dynamic
 
 
 def check_layer(
@@ -44,6 +59,11 @@ def check_layer(
     if options.hadamard not in (0, 64) or (options.hadamard and columns % options.hadamard):
         raise ValueError(f'hadamard is {options.hadamard} for K = {columns}; expected 0, or 64 '
                          'where K is a multiple of 64')
+    diagonal = options.diagonal
+    if diagonal is not None and (tuple(diagonal.shape) != (columns,)
+                                 or not bool(torch.isfinite(diagonal).all())):
+        raise ValueError(f'diagonal has shape {tuple(diagonal.shape)}; expected {(columns,)}, all '
+                         'of them finite')
     if options.activation not in ACTIVATION_CODES:
         known = ', '.join(ACTIVATION_CODES)
         raise ValueError(f'activation is {options.activation!r}; expected one of {known}')
@@ -84,6 +104,14 @@ class Layer:
         """
         raise NotImplementedError
 
+    def watch(self) -> None:
+        """Count from now on what the tokens look like; costs a few additions per token."""
+        raise NotImplementedError
+
+    def seen(self) -> Seen:
+        """Return what was counted and begin anew. Waits for a call that is running."""
+        raise NotImplementedError
+
     def _refuse(self, x: Tensor, residual: Tensor | None, gate: Tensor | None) -> None:
         """Raise the sentence that tells what is wrong with a call."""
         if x.dtype not in DTYPES or x.device.type != 'cpu':
@@ -114,6 +142,31 @@ class ReferenceLayer(Layer):
         self.nbytes = weight.nbytes + (up.nbytes if up else 0)
         self.weight, self.bias, self.options = weight, bias, options
         self.up, self.up_bias = up, up_bias
+        self._watched = False
+        self._amax: list[Tensor] = []
+        self._clipped = 0
+
+    def watch(self) -> None:
+        """See Layer."""
+        self._watched = True
+
+    def seen(self) -> Seen:
+        """See Layer."""
+        amax = torch.cat([torch.empty(0), *self._amax])
+        finite = amax[torch.isfinite(amax)]
+        seen = Seen(finite.numel(), float(finite.double().mean()) if finite.numel() else 0.0,
+                    float(finite.max()) if finite.numel() else 0.0,
+                    amax.numel() - finite.numel(), self._clipped)
+        self._amax, self._clipped = [], 0
+        return seen
+
+    def _observe(self, x: Tensor, act_scale: float | None) -> None:
+        o = self.options
+        amax = reference.transform_tokens(x, o.diagonal, o.hadamard).abs().amax(-1)
+        self._amax.append(amax)
+        if act_scale is not None:
+            reach = act_scale * reference.TOP[o.act_bits]
+            self._clipped += int((torch.isfinite(amax) & (amax > reach)).sum())
 
     def __call__(
         self,
@@ -127,10 +180,12 @@ class ReferenceLayer(Layer):
         self._refuse(x, residual, gate)
         _refuse_scale(act_scale)
         o = self.options
+        if self._watched:
+            self._observe(x, act_scale)
         return reference.linear(
             x, self.weight, self.bias, act_bits=o.act_bits, act_scale=act_scale,
-            hadamard=o.hadamard, activation=o.activation, up=self.up, up_bias=self.up_bias,
-            gate=gate, residual=residual)
+            hadamard=o.hadamard, diagonal=o.diagonal, activation=o.activation, up=self.up,
+            up_bias=self.up_bias, gate=gate, residual=residual)
 
 
 def _refuse_scale(act_scale: float | None) -> None:
@@ -155,6 +210,9 @@ class NativeLayer(Layer):
         self._add(0, weight, bias)
         if up is not None:
             self._add(1, up, up_bias)
+        if options.diagonal is not None:
+            multipliers = options.diagonal.float().contiguous()
+            native.check(library.qv_layer_diagonal(self.handle, multipliers.data_ptr()))
         self.nbytes = int(library.qv_layer_bytes(self.handle))
         self.number = ops.register(self)
 
@@ -214,6 +272,17 @@ class NativeLayer(Layer):
             native.check(status)
         return y
 
+    def watch(self) -> None:
+        """See Layer."""
+        self._library.qv_layer_watch(self.handle)
+
+    def seen(self) -> Seen:
+        """See Layer."""
+        five = (ctypes.c_double * 5)()
+        self._library.qv_layer_seen(self.handle, five)
+        tokens, total, largest, broken, clipped = five
+        return Seen(int(tokens), total / max(tokens, 1.0), largest, int(broken), int(clipped))
+
     def __del__(self) -> None:
         handle = getattr(self, 'handle', None)
         if handle:
@@ -227,6 +296,14 @@ class GatedPair(Layer):
         self.first, self.second = first, second
         self.n, self.k = first.n, first.k
         self.nbytes = first.nbytes + second.nbytes
+
+    def watch(self) -> None:
+        """See Layer; both halves read the same tokens."""
+        self.first.watch()
+
+    def seen(self) -> Seen:
+        """See Layer."""
+        return self.first.seen()
 
     def __call__(
         self,
@@ -256,6 +333,6 @@ def make_native(
 
     if up is None or (uniform(weight) and uniform(up) and grouping(weight) == grouping(up)):
         return NativeLayer(library, weight, bias, options, up, up_bias)
-    plain = Options(options.act_bits, options.hadamard)
+    plain = replace(options, activation='none')
     return GatedPair(NativeLayer(library, weight, bias, options, None, None),
                      NativeLayer(library, up, up_bias, plain, None, None))

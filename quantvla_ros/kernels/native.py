@@ -15,10 +15,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / 'cpu'
+AVX512 = frozenset({'avx512f', 'avx512bw', 'avx512vl', 'avx512dq', 'avx512_vnni', 'fma'})
 # path -> (machine, flags of /proc/cpuinfo that it needs); best first
 PATHS: dict[str, tuple[str, frozenset[str]]] = {
-    'avx512vnni': ('x86_64', frozenset({'avx512f', 'avx512bw', 'avx512vl', 'avx512dq',
-                                        'avx512_vnni', 'fma'})),
+    'amx': ('x86_64', AVX512 | {'amx_tile', 'amx_int8'}),
+    'avx512vnni': ('x86_64', AVX512),
     'avx2vnni': ('x86_64', frozenset({'avx2', 'fma', 'avx_vnni'})),
     'avx512vl': ('x86_64', frozenset({'avx2', 'fma', 'avx512f', 'avx512vl', 'avx512_vnni'})),
     'avx2': ('x86_64', frozenset({'avx2', 'fma'})),
@@ -39,11 +40,12 @@ class Call(ctypes.Structure):
     _fields_ = [
         ('kind', c_int32), ('dtype', c_int32), ('layer', c_void_p), ('rows', c_int64),
         ('x', c_void_p), ('ldx', c_int64), ('y', c_void_p), ('ldy', c_int64),
-        ('residual', c_void_p), ('gate', c_void_p), ('norm_multiply', c_void_p),
-        ('norm_add', c_void_p), ('norm_eps', c_float), ('act_scale', c_float),
+        ('factor', c_void_p), ('residual', c_void_p), ('gate', c_void_p),
+        ('norm_multiply', c_void_p), ('norm_add', c_void_p), ('norm_eps', c_float),
+        ('act_scale', c_float),
         ('k', c_void_p), ('v', c_void_p), ('ldk', c_int64), ('ldv', c_int64), ('keys', c_int64),
         ('cos', c_void_p), ('sin', c_void_p), ('batch', c_int32), ('heads', c_int32),
-        ('kv_heads', c_int32), ('head_dim', c_int32), ('scale', c_float),
+        ('kv_heads', c_int32), ('head_dim', c_int32), ('scale', c_float), ('cells', c_void_p),
     ]
 
 
@@ -85,15 +87,21 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         'qv_layer_part': (c_int32, [c_void_p, c_int32, c_int32, c_int64, c_int64, c_void_p,
                                     c_void_p]),
         'qv_layer_finish': (c_int32, [c_void_p, c_int32, c_void_p, c_void_p]),
+        'qv_layer_diagonal': (c_int32, [c_void_p, c_void_p]),
         'qv_layer_bytes': (c_int64, [c_void_p]),
+        'qv_layer_watch': (None, [c_void_p]),
+        'qv_layer_seen': (None, [c_void_p, POINTER(c_double)]),
         'qv_layer_free': (None, [c_void_p]),
+        'qv_cells': (c_int64, [c_int64, c_int32, c_int32, c_int32]),
         'qv_run': (c_int32, [POINTER(Call), c_int64]),
         'qv_linear': (c_int32, [c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_float,
                                 c_void_p, c_void_p]),
+        'qv_ready': (c_int32, []),
         'qv_set_threads': (c_int32, [c_int32]),
         'qv_threads': (c_int32, []),
         'qv_name': (c_char_p, []),
         'qv_peak': (c_double, []),
+        'qv_read_rate': (c_double, [c_void_p, c_int64]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -108,6 +116,8 @@ def load(name: str) -> ctypes.CDLL:
     if reason:
         raise OSError(f'kernel path {name!r}: {reason}')
     library = _declare(ctypes.CDLL(os.fspath(library_path(name)), mode=ctypes.RTLD_LOCAL))
+    if not library.qv_ready():
+        raise OSError(f'kernel path {name!r}: the system does not let this process use it')
     library.qv_set_threads(default_threads())
     return library
 

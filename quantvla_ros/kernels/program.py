@@ -73,7 +73,7 @@ class Program:
         self._calls: list[native.Call] = []
         self._steps: list[Callable[[], None]] = []
         self._kept: list[object] = []
-        self._reads: list[Read] = []
+        self._reads: list[Read | None] = []  # one for each step
         self._array: object = None
 
     def __len__(self) -> int:
@@ -86,15 +86,17 @@ class Program:
         y: Tensor,
         *,
         norm: Norm | None = None,
+        factor: Tensor | None = None,
         gate: Tensor | None = None,
         residual: Tensor | None = None,
         act_scale: float | None = None,
         name: str = '',
     ) -> None:
-        """Record y = residual + gate * layer(norm(x)); x (rows, K), y and residual (rows, N).
+        """Record y = residual + gate * factor * layer(norm(x)).
 
-        The residual may be y itself, or must have its strides. Rows may lie apart (a slice of the
-        columns of a larger matrix).
+        x (rows, K); y, factor and residual (rows, N); gate (N,). Factor and residual may be y
+        itself, or must have its strides. Rows may lie apart (a slice of the columns of a larger
+        matrix). Layers that follow each other and quantize the same x in the same way share that.
         """
         _matrix('x', x, layer.k)
         _matrix('y', y, layer.n)
@@ -102,34 +104,43 @@ class Program:
         norm_is = norm or Norm(0.0)
         _vector('norm.multiply', norm_is.multiply, layer.k)
         _vector('norm.add', norm_is.add, layer.k)
-        if residual is not None:
-            _matrix('residual', residual, layer.n)
-            if residual.stride(0) != y.stride(0) and len(y) > 1:
-                raise ValueError('residual must have the row distance of y')
-        if x.shape[0] != y.shape[0] or (residual is not None and len(residual) != len(y)):
+        for what, other in (('residual', residual), ('factor', factor)):
+            if other is None:
+                continue
+            _matrix(what, other, layer.n)
+            if other.stride(0) != y.stride(0) and len(y) > 1:
+                raise ValueError(f'{what} must have the row distance of y')
+            if len(other) != len(y):
+                raise ValueError(f'{what} has {len(other)} rows and y {len(y)}; expected the same')
+        if x.shape[0] != y.shape[0]:
             raise ValueError(f'x has {len(x)} rows and y {len(y)}; expected the same number')
-        self._kept += [layer, x, y, norm, gate, residual]
+        self._kept += [layer, x, y, norm, factor, gate, residual]
         self._reads.append(Read(name, x, norm))
         # No reference to self: a program that is dropped must be freed at once, not by a
         # collection of cycles, which would hold up every thread of the interpreter.
         reference_step = Program._reference
         self._steps.append(
-            lambda: reference_step(layer, x, y, norm, gate, residual, act_scale))
+            lambda: reference_step(layer, x, y, norm, factor, gate, residual, act_scale))
         if isinstance(layer, NativeLayer):
             self._calls.append(native.Call(
                 kind=0, dtype=0, layer=layer.handle, rows=len(x), x=x.data_ptr(),
-                ldx=x.stride(0), y=y.data_ptr(), ldy=y.stride(0), residual=_at(residual),
-                gate=_at(gate), norm_multiply=_at(norm_is.multiply), norm_add=_at(norm_is.add),
-                norm_eps=norm_is.eps, act_scale=act_scale or 0.0))
+                ldx=x.stride(0), y=y.data_ptr(), ldy=y.stride(0), factor=_at(factor),
+                residual=_at(residual), gate=_at(gate), norm_multiply=_at(norm_is.multiply),
+                norm_add=_at(norm_is.add), norm_eps=norm_is.eps, act_scale=act_scale or 0.0))
 
     @staticmethod
     def _reference(
-        layer: Layer, x: Tensor, y: Tensor, norm: Norm | None, gate: Tensor | None,
-        residual: Tensor | None, act_scale: float | None,
+        layer: Layer, x: Tensor, y: Tensor, norm: Norm | None, factor: Tensor | None,
+        gate: Tensor | None, residual: Tensor | None, act_scale: float | None,
     ) -> None:
         if norm is not None:
             x = reference.normalize(x, norm.eps, norm.multiply, norm.add)
-        y.copy_(layer(x, gate=gate, residual=residual, act_scale=act_scale))
+        if factor is None:
+            y.copy_(layer(x, gate=gate, residual=residual, act_scale=act_scale))
+            return
+        product = layer(x, act_scale=act_scale) * factor
+        product = product if gate is None else product * gate
+        y.copy_(product if residual is None else product + residual)
 
     def attention(
         self,
@@ -142,6 +153,7 @@ class Program:
         kv_heads: int,
         batch: int = 1,
         rotary: tuple[Tensor, Tensor] | None = None,
+        cells: Tensor | None = None,
         name: str = '',
     ) -> None:
         """Record y = softmax(q k^T / sqrt(dim)) v with grouped heads.
@@ -149,6 +161,7 @@ class Program:
         q, y      (batch * queries, heads * dim); dim a multiple of 32
         k, v      (batch * keys, kv_heads * dim)
         rotary    (cos, sin), each (positions, dim / 2): rotate queries and keys by their position
+        cells     what gather() made of k and v, for keys that several attentions read
         """
         dim = q.shape[1] // heads
         _matrix('q', q, heads * dim)
@@ -162,11 +175,11 @@ class Program:
         if len(y) != len(q):
             raise ValueError(f'y has {len(y)} rows; expected those of q, {len(q)}')
         cos, sin = rotary or (None, None)
-        for name, table in (('cos', cos), ('sin', sin)):
+        for what, table in (('cos', cos), ('sin', sin)):
             if table is not None:
-                _matrix(name, table, dim // 2)
+                _matrix(what, table, dim // 2)
                 if len(table) < max(len(q), len(k)) // batch or not table.is_contiguous():
-                    raise ValueError(f'{name} has {len(table)} positions; expected one for each '
+                    raise ValueError(f'{what} has {len(table)} positions; expected one for each '
                                      'query and key, contiguous')
 
         def step() -> None:
@@ -176,13 +189,40 @@ class Program:
             y.copy_(out.reshape(len(q), -1))
 
         self._steps.append(step)
-        self._kept += [q, k, v, y, rotary]
+        self._kept += [q, k, v, y, rotary, cells]
         self._reads.append(Read(name, q, None, k, heads, kv_heads, batch, rotary))
         self._calls.append(native.Call(
             kind=1, dtype=0, rows=len(q) // batch, x=q.data_ptr(), ldx=q.stride(0),
             y=y.data_ptr(), ldy=y.stride(0), k=k.data_ptr(), v=v.data_ptr(), ldk=k.stride(0),
             ldv=v.stride(0), keys=len(k) // batch, cos=_at(cos), sin=_at(sin), batch=batch,
-            heads=heads, kv_heads=kv_heads, head_dim=dim, scale=dim**-0.5))
+            heads=heads, kv_heads=kv_heads, head_dim=dim, scale=dim**-0.5, cells=_at(cells)))
+
+    @staticmethod
+    def cells(keys: int, kv_heads: int, dim: int, batch: int = 1) -> Tensor:
+        """Make room for gathered keys and values; nothing where the reference serves."""
+        library = dispatch.library()
+        count = 0 if library is None else library.qv_cells(keys, batch, kv_heads, dim)
+        whole = torch.zeros(count + 16)
+        first = -whole.data_ptr() // 4 % 16  # aligned to 64 bytes
+        return whole[first : first + count]
+
+    def gather(
+        self, k: Tensor, v: Tensor, cells: Tensor, *, kv_heads: int, batch: int = 1
+    ) -> None:
+        """Record what an attention does with k and v before it looks at a query, without rotation.
+
+        Keys of a context that every denoising step reads are brought in order once.
+        """
+        dim = k.shape[1] // kv_heads
+        _matrix('k', k, kv_heads * dim)
+        _matrix('v', v, kv_heads * dim)
+        self._steps.append(lambda: None)  # the reference reads k and v themselves
+        self._reads.append(None)
+        self._kept += [k, v, cells]
+        self._calls.append(native.Call(
+            kind=2, dtype=0, rows=0, k=k.data_ptr(), v=v.data_ptr(), ldk=k.stride(0),
+            ldv=v.stride(0), keys=len(k) // batch, batch=batch, kv_heads=kv_heads, head_dim=dim,
+            cells=cells.data_ptr()))
 
     def run(self) -> None:
         """Run everything that was recorded, in order."""
@@ -197,7 +237,8 @@ class Program:
     def look(self, see: Callable[[Read], None]) -> None:
         """Run call by call and show what each reads just before it runs: slower, same result."""
         for index, (read, step) in enumerate(zip(self._reads, self._steps, strict=True)):
-            see(read)
+            if read is not None:
+                see(read)
             if self._library is None or len(self._calls) != len(self._steps):
                 step()
             else:

@@ -41,6 +41,14 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     return (y * block**-0.5).flatten(-2)
 
 
+def transform_tokens(x: Tensor, diagonal: Tensor | None, hadamard: int) -> Tensor:
+    """What is quantized of x (..., K): (tokens, K) float32, times the diagonal, then rotated."""
+    tokens = x.reshape(-1, x.shape[-1]).float()
+    if diagonal is not None:
+        tokens = tokens * diagonal
+    return block_hadamard(tokens, hadamard) if hadamard else tokens
+
+
 def quantize_activations(
     x: Tensor, bits: int = 8, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -114,6 +122,7 @@ def linear(
     act_bits: int = 8,
     act_scale: float | None = None,
     hadamard: int = 0,
+    diagonal: Tensor | None = None,
     activation: str = 'none',
     up: Weight | None = None,
     up_bias: Tensor | None = None,
@@ -124,12 +133,11 @@ def linear(
 
     x (..., K) in float32, bfloat16 or float16; returns (..., N) in the dtype of x.
     weight, up  PackedWeight or MixedWeight (N, K)
+    diagonal    (K,) float32: multiplies x first
     hadamard    0, or 64: block Hadamard on x before it is quantized
     gate        (N,) float32; residual (..., N) in the dtype of x
     """
-    tokens = x.reshape(-1, x.shape[-1]).float()
-    if hadamard:
-        tokens = block_hadamard(tokens, hadamard)
+    tokens = transform_tokens(x, diagonal, hadamard)
     y = _matmul(tokens, weight, act_bits, act_scale)
     y = y if bias is None else y + bias.double()
     y = ACTIVATIONS[activation](y)

@@ -10,7 +10,7 @@ says what each linear layer became, policies/flow.py integrates. Serves one obse
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -22,31 +22,55 @@ from quantvla_ros.kernels.program import Norm, Program, Read
 from quantvla_ros.kernels.weights import PackedWeight, Weight, keep, stack
 from quantvla_ros.policies.flow import flow_times
 from quantvla_ros.policies.libero_vla import HEAD_WIDTH, NORM_EPS, ActionBlock, Block, LiberoVlaNet
-from quantvla_ros.quant.linear import KERNEL_HADAMARD, QuantizedLayer
+from quantvla_ros.quant.linear import QuantizedLayer, kernel_transform
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one linear layer became: weight, bias, bits of every token, block of the Hadamard."""
+    """What one linear layer became: weight, bias, bits of every token, and how it enters.
+
+    hadamard: block, 0 or 64. diagonal: (in,) multipliers of the input or None. act_scales: static
+    scales of the tokens, (1,) or one for each denoising step, or None.
+    """
 
     weight: Weight
     bias: Tensor | None = None
     act_bits: int = 8
     hadamard: int = 0
+    diagonal: Tensor | None = None
+    act_scales: Tensor | None = None
 
-    def kind(self) -> tuple[int, int, int, int] | None:
-        """Layers of one kind may share a call; None for rows of mixed width."""
-        if not isinstance(self.weight, PackedWeight):
-            return None
-        return (self.weight.bits, self.weight.group, self.act_bits, self.hadamard)
+    def joins(self, other: Part) -> bool:
+        """Whether both may be one call: the same tokens, weights of one width and grouping."""
+        a, b = self.weight, other.weight
+        if not isinstance(a, PackedWeight) or not isinstance(b, PackedWeight):
+            return False
+        return (
+            (a.bits, a.group, self.act_bits, self.hadamard)
+            == (b.bits, b.group, other.act_bits, other.hadamard)
+            and _same(self.diagonal, other.diagonal)
+            and _same(self.act_scales, other.act_scales)
+        )
+
+    def act_scale(self, step: int | None) -> float | None:
+        """Static scale of a denoising step (None: the prefix); None where tokens have theirs."""
+        scales = self.act_scales
+        if scales is None or scales.numel() == 1:
+            return None if scales is None else float(scales)
+        if step is None or step >= scales.numel():
+            raise ValueError(
+                f'a layer has scales for {scales.numel()} denoising steps, and step {step} runs; '
+                'quantize for the number of steps that is used'
+            )
+        return float(scales[step])
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 PartOf = Callable[[nn.Module], Part]
-
-
-def _part(layer: QuantizedLayer) -> Part:
-    weight, bias = layer.folded()
-    return Part(weight, bias, layer.scheme.act_bits, layer.transform.hadamards()[-1])
+RUN_AT_LOAD = ('action.time_in', 'action.time_out')  # make the modulation, once for all chunks
 
 
 class Stored(nn.Module):
@@ -55,28 +79,21 @@ class Stored(nn.Module):
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        self.part: Part | None = _part(layer)
+        weight, bias = layer.folded()
+        fused = kernel_transform(layer.transform)
+        assert fused is not None, 'recordable() was asked'
+        diagonal, hadamard = fused
+        self.part: Part | None = Part(weight, bias, layer.scheme.act_bits, hadamard, diagonal,
+                                      layer.act_scales)
 
 
 def recordable(layers: Mapping[str, QuantizedLayer]) -> bool:
-    """Whether programs can serve all layers: dynamic tokens, at most one fused Hadamard."""
-
-    def one(layer: QuantizedLayer) -> bool:
-        transform = layer.transform
-        return (
-            isinstance(layer.weight, PackedWeight)
-            and layer.scheme.act_bits < 16
-            and layer.act_scales is None
-            and not transform.tensors()
-            and transform.hadamards() in ([0], [KERNEL_HADAMARD])
-        )
-
-    def alike(name: str) -> bool:
-        other = layers.get(name.replace('gate_proj', 'up_proj'))
-        return other is not None and _part(layers[name]).kind() == _part(other).kind()
-
-    return all(map(one, layers.values())) and all(
-        alike(name) for name in layers if name.endswith('gate_proj')
+    """Whether programs can serve all layers that run for a chunk: integer tokens, and a transform
+    that the kernels take."""
+    return all(
+        layer.scheme.act_bits < 16 and kernel_transform(layer.transform) is not None
+        for name, layer in layers.items()
+        if name not in RUN_AT_LOAD
     )
 
 
@@ -92,7 +109,7 @@ def stored_part(module: nn.Module) -> Part:
 class RecordedContext(NamedTuple):
     """What one observation leaves for the action head; a copy that outlives the next one."""
 
-    keys_values: Tensor
+    keys_values: Tensor  # of all blocks, as the kernels read them
     start: Tensor
 
 
@@ -110,14 +127,20 @@ class ChunkProgram:
         c = net.config
         self._names = {module: name for name, module in net.named_modules()}
         self.see: tuple[Callable[[Read], None], int] | None = None  # and the step that is seen
-        self._layers: dict[tuple[nn.Module, ...], list[dispatch.Layer]] = {}
+        self._layers: dict[tuple[nn.Module, ...], list[tuple[Part, dispatch.Layer]]] = {}
         self.patches = torch.empty(c.views * c.patches, c.vision_width)
         self.tokens = torch.empty(c.tokens, c.width)
         pairs = 2 * c.action_kv_heads * HEAD_WIDTH * c.action_layers
         self.keys_values = torch.empty(c.tokens, pairs)
+        one = Program.cells(c.tokens, c.action_kv_heads, HEAD_WIDTH).numel()
+        self.cells = Program.cells(c.tokens, c.action_kv_heads * c.action_layers, HEAD_WIDTH)
+        self._cells = self.cells.split(one) if one else [self.cells] * c.action_layers
         self.start = torch.empty(c.chunk, c.action_width)
         self.chunk = torch.empty(c.chunk, c.action)
         self.speed = torch.empty(c.chunk, c.action)
+        # what a context keeps: the keys in the kernels' order, or for the reference as they are
+        self._kept = self.cells if self.cells.numel() else self.keys_values
+        self._step: int | None = None  # the denoising step that is being recorded
         self._loaded: RecordedContext | None = None  # whose keys and values lie in the buffers
         with torch.no_grad():
             self._prefix = self._record_prefix()
@@ -130,7 +153,7 @@ class ChunkProgram:
 
     def _layer(
         self, linears: Sequence[nn.Module], activation: str = 'none', up: nn.Module | None = None
-    ) -> list[dispatch.Layer]:
+    ) -> list[tuple[Part, dispatch.Layer]]:
         """One layer for linears that read the same input where they can be stacked, else several.
 
         Made once: the denoising loop uses the same layer in every step.
@@ -139,26 +162,28 @@ class ChunkProgram:
         if key not in self._layers:
             other = None if up is None else self._part_of(up)
             made = [
-                dispatch.prepare(
+                (part, dispatch.prepare(
                     part.weight, part.bias, act_bits=part.act_bits, hadamard=part.hadamard,
-                    activation=activation, up=None if other is None else other.weight,
+                    diagonal=part.diagonal, activation=activation,
+                    up=None if other is None else other.weight,
                     up_bias=None if other is None else other.bias,
-                )
+                ))
                 for part in _stacked([self._part_of(linear) for linear in linears])
             ]
-            self.nbytes += sum(layer.nbytes for layer in made)
+            self.nbytes += sum(layer.nbytes for _, layer in made)
             self._layers[key] = made
         return self._layers[key]
 
     def _put(
         self, program: Program, linears: Sequence[nn.Module], x: Tensor, y: Tensor,
-        norm: Norm | None = None, gate: Tensor | None = None, residual: Tensor | None = None,
+        norm: Norm | None = None, *, activation: str = 'none', factor: Tensor | None = None,
+        gate: Tensor | None = None, residual: Tensor | None = None, up: nn.Module | None = None,
     ) -> None:
-        column = 0
-        for layer in self._layer(linears):
+        column, name = 0, self._name(*linears, *([up] if up is not None else []))
+        for part, layer in self._layer(linears, activation, up):
             end = column + layer.n
-            program.linear(layer, x, y[:, column:end], norm=norm, gate=gate, residual=residual,
-                           name=self._name(*linears))
+            program.linear(layer, x, y[:, column:end], norm=norm, factor=factor, gate=gate,
+                           residual=residual, act_scale=part.act_scale(self._step), name=name)
             column = end
 
     def _name(self, *modules: nn.Module) -> str:
@@ -170,8 +195,11 @@ class ChunkProgram:
     ) -> None:
         first, up = cast(nn.Module, mlp.gate_proj), cast(nn.Module, mlp.up_proj)
         hidden = torch.empty(len(x), cast(int, first.out_features))
-        layer = self._layer([first], 'silu', up)[0]
-        program.linear(layer, x, hidden, norm=norm, name=self._name(first, up))
+        if self._part_of(first).joins(self._part_of(up)):
+            self._put(program, [first], x, hidden, norm, activation='silu', up=up)
+        else:
+            self._put(program, [first], x, hidden, norm, activation='silu')
+            self._put(program, [up], x, hidden, norm, factor=hidden)
         self._put(program, [cast(nn.Module, mlp.down_proj)], hidden, x, gate=gate, residual=x)
 
     def _block(self, program: Program, block: Block, x: Tensor, batch: int) -> None:
@@ -191,8 +219,7 @@ class ChunkProgram:
             return
         fc1 = cast(nn.Module, block.mlp.fc1)
         hidden = torch.empty(len(x), cast(int, fc1.out_features))
-        program.linear(self._layer([fc1], 'gelu_tanh')[0], x, hidden, norm=norm,
-                       name=self._name(fc1))
+        self._put(program, [fc1], x, hidden, norm, activation='gelu_tanh')
         self._put(program, [cast(nn.Module, block.mlp.fc2)], hidden, x, residual=x)
 
     def _record_prefix(self) -> Program:
@@ -209,7 +236,15 @@ class ChunkProgram:
                                 cast(ActionBlock, block).cross.v_proj)]
         self._put(program, pairs, self.tokens, self.keys_values,
                   Norm(NORM_EPS, net.backbone.norm.weight.detach()))
+        for index, cells in enumerate(self._cells):
+            program.gather(*self._pair(index), cells, kv_heads=net.config.action_kv_heads)
         return program
+
+    def _pair(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block's cross-attention, (tokens, kv_heads * HEAD_WIDTH) each."""
+        width = self.net.config.action_kv_heads * HEAD_WIDTH
+        keys, values = self.keys_values[:, 2 * width * index :][:, : 2 * width].split(width, 1)
+        return keys, values
 
     def _record_steps(self) -> list[Program]:
         net, c = self.net, self.net.config
@@ -219,6 +254,7 @@ class ChunkProgram:
         h = torch.empty(c.chunk, c.action_width)
         programs = []
         for i in range(self.steps):
+            self._step = i
             program = Program()
             self._put(program, [net.action.enter], self.chunk, h, residual=self.start)
             for j, block in enumerate(net.action.blocks):
@@ -240,10 +276,9 @@ class ChunkProgram:
         program.attention(q, k, v, out, heads=attn.heads, kv_heads=attn.kv_heads,
                           rotary=_rotary(attn.table), name=self._name(attn))
         self._put(program, [attn.o_proj], out, h, gate=m[2], residual=h)
-        k, v = self.keys_values[:, 2 * pair * index : 2 * pair * (index + 1)].split(pair, 1)
         self._put(program, [cross.q_proj], h, q, Norm(eps, m[4], m[3]))
-        program.attention(q, k, v, out, heads=cross.heads, kv_heads=cross.kv_heads,
-                          name=self._name(cross))
+        program.attention(q, *self._pair(index), out, heads=cross.heads, kv_heads=cross.kv_heads,
+                          cells=self._cells[index], name=self._name(cross))
         self._put(program, [cross.o_proj], out, h, gate=m[5], residual=h)
         self._gated(program, block.mlp, h, Norm(eps, m[7], m[6]), m[8])
 
@@ -267,14 +302,14 @@ class ChunkProgram:
             self._prefix.run()
         else:
             self._prefix.look(self.see[0])
-        self._loaded = RecordedContext(self.keys_values.clone(), self.start.clone())
+        self._loaded = RecordedContext(self._kept.clone(), self.start.clone())
         return self._loaded
 
     @torch.inference_mode()
     def velocity(self, context: RecordedContext, x: Tensor, step: int) -> Tensor:
         """Velocity (1, A, action) of a noisy normalised chunk x at one of the steps' times."""
         if self._loaded is not context:
-            self.keys_values.copy_(context.keys_values)
+            self._kept.copy_(context.keys_values)
             self.start.copy_(context.start)
             self._loaded = context
         self.chunk.copy_(x[0])
@@ -290,13 +325,11 @@ def _stacked(parts: list[Part]) -> list[Part]:
 
     The biases must be all there or all missing.
     """
-    kinds = {part.kind() for part in parts}
-    biases = [part.bias for part in parts if part.bias is not None]
-    if len(parts) == 1 or len(kinds) > 1 or None in kinds or len(biases) not in (0, len(parts)):
+    first, biases = parts[0], [part.bias for part in parts if part.bias is not None]
+    if len(parts) == 1 or not all(map(first.joins, parts)) or len(biases) not in (0, len(parts)):
         return parts
     weight = stack([cast(PackedWeight, part.weight) for part in parts])
-    return [Part(weight, torch.cat(biases) if biases else None, parts[0].act_bits,
-                 parts[0].hadamard)]
+    return [replace(first, weight=weight, bias=torch.cat(biases) if biases else None)]
 
 
 def _rotary(table: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -23,7 +23,7 @@ from quantvla_ros.policies.libero_checkpoint import (
     verified_weights,
     weight_problems,
 )
-from quantvla_ros.policies.libero_program import Stored, recordable
+from quantvla_ros.policies.libero_program import RUN_AT_LOAD, Stored, recordable
 from quantvla_ros.policies.libero_vla import Attention, LiberoVlaNet, rotary_table
 from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.artifact import JSON_NAME, Artifact, ArtifactError, read_artifact
@@ -88,11 +88,17 @@ def open_artifact(model: Path, precision: str) -> Opened:
 
 
 def build(opened: Opened, layers: Mapping[str, QuantizedLayer], make: Make) -> LiberoVlaNet:
-    """Return the network with these layers made by `make`, and everything else in float32."""
+    """Return the network with these layers made by `make`, and everything else in float32.
+
+    Layers that run once, when the policy is loaded, are never only stored for a program.
+    """
     with torch.device('meta'):
         net = LiberoVlaNet(opened.checkpoint.config)
+    at_load = {name: layers[name] for name in RUN_AT_LOAD if name in layers}
+    others = {name: layer for name, layer in layers.items() if name not in at_load}
     try:
-        replace_linears(net, layers, make)
+        replace_linears(net, others, make)
+        replace_linears(net, at_load, QuantLinear if make is Stored else make)
     except (ValueError, AttributeError) as error:
         raise ArtifactError(f'{opened.folder}: {error}') from error
     fill(net, opened.weights)
@@ -115,9 +121,10 @@ def read_quantized(
     """Return the network with integer layers, and a calibration folded into their scales.
 
     calibration: '' for none, 'newest', the name of one beside the artifact, or its path.
-    Where programs can serve all layers, the network holds them as Stored, for a ChunkProgram; it
-    does not run by itself. Else each linear is a QuantLinear. On a device other than the CPU the
-    layers are simulated: the same codes and scales, float sums (quant/simulate.py).
+    Where programs can serve all layers of a chunk, the network holds them as Stored, for a
+    ChunkProgram; it does not run by itself. Else each linear is a QuantLinear. On a device other
+    than the CPU the layers are simulated: the same codes and scales, float sums
+    (quant/simulate.py).
     Raises FileNotFoundError, CheckpointError or ArtifactError.
     """
     opened = open_artifact(model, precision)

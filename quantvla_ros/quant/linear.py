@@ -95,6 +95,28 @@ class QuantizedLayer:
         return weight @ self.transform.activations(identity).T
 
 
+def kernel_transform(transform: InputTransform) -> tuple[Tensor | None, int] | None:
+    """What the kernels do on their own of a transform: (multipliers (in,) or None, Hadamard).
+
+    None where something is left that they cannot: a permutation, a dense rotation, another block.
+    A chain counts where its diagonals come before its only Hadamard.
+    """
+    multipliers: Tensor | None = None
+    link: InputTransform | None = transform
+    block = 0
+    while link is not None:
+        late = block and (link.diagonal is not None or link.hadamard)
+        other = link.permutation is not None or link.blocks is not None
+        if other or late or link.hadamard not in (0, KERNEL_HADAMARD):
+            return None
+        if link.diagonal is not None:
+            inverse = 1.0 / link.diagonal.float()
+            multipliers = inverse if multipliers is None else multipliers * inverse
+        block = block or link.hadamard
+        link = link.then
+    return multipliers, block
+
+
 def static_scale(act_scales: Tensor | None) -> float | None:
     """The static activation scale of the step that runs; None where each token has its own."""
     if act_scales is None:
@@ -114,9 +136,10 @@ class QuantLinear(nn.Module):
     """Runs a QuantizedLayer in the place of an nn.Linear: (..., in) -> (..., out).
 
     Buffers: act_scales (1,) or (steps,) float32 or None, and the transform's tensors under the
-    names of InputTransform.tensors (diagonal (in,), permutation (in,) int64, blocks (n, b, b)).
-    A last Hadamard of 64 is left to the kernel, which fuses it with the quantization. The weight
-    lies with the kernel, in its own order; the canonical one is let go.
+    names of InputTransform.tensors (diagonal (in,), permutation (in,) int64, blocks (n, b, b)),
+    unless the kernel takes the whole transform, which it fuses with the quantization; a last
+    Hadamard of 64 it takes in any case. The weight lies with the kernel, in its own order; the
+    canonical one is let go.
     """
 
     act_scales: Tensor | None
@@ -126,19 +149,23 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = layer.weight.shape
         self.scheme = layer.scheme
         self.register_buffer('act_scales', layer.act_scales, persistent=False)
-        self._names = tuple(layer.transform.tensors())
-        for name, tensor in layer.transform.tensors().items():
+        integer = layer.scheme.act_bits < 16
+        fused = kernel_transform(layer.transform) if integer else None
+        kept = layer.transform if fused is None else InputTransform()
+        self._names = tuple(kept.tensors())
+        for name, tensor in kept.tensors().items():
             stored = tensor.float() if tensor.is_floating_point() else tensor
             self.register_buffer(name.replace('.', '_'), stored, persistent=False)
-        *before, last = layer.transform.hadamards()
-        integer = layer.scheme.act_bits < 16
-        fused = last if integer and last == KERNEL_HADAMARD else 0
-        self._hadamards = (*before, 0 if fused else last)
+        *before, last = kept.hadamards()
+        if fused is None:
+            fused = (None, last if integer and last == KERNEL_HADAMARD else 0)
+            last = 0 if fused[1] else last
+        self._hadamards = (*before, last)
         weight, bias = layer.folded()
         if integer:
-            bits = layer.scheme.act_bits
             self._layer = dispatch.prepare(
-                weight, bias, act_bits=bits, hadamard=fused, device=device)
+                weight, bias, act_bits=layer.scheme.act_bits, diagonal=fused[0],
+                hadamard=fused[1], device=device)
         else:  # weight-only: no integer product; the float weight is made for each call
             self._weight, self._bias = weight, bias
         self._plain = not self._names and not any(self._hadamards)

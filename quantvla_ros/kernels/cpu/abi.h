@@ -6,7 +6,7 @@
 
 #define QV_API extern "C" __attribute__((visibility("default")))
 
-enum qv_kind : int32_t { QV_LINEAR = 0, QV_ATTENTION = 1 };
+enum qv_kind : int32_t { QV_LINEAR = 0, QV_ATTENTION = 1, QV_GATHER = 2 };
 enum qv_dtype : int32_t { QV_F32 = 0, QV_BF16 = 1, QV_F16 = 2 };
 enum qv_activation : int32_t { QV_NONE = 0, QV_SILU = 1, QV_GELU_TANH = 2 };
 enum qv_status : int32_t { QV_OK = 0, QV_MEMORY = 1, QV_SIZE = 2, QV_SHAPE = 3 };
@@ -23,6 +23,7 @@ struct qv_call {
   int64_t ldx;
   void* y;  // (rows, N), rows `ldy` elements apart
   int64_t ldy;
+  const float* factor;   // (rows, N) with the row distance of y, or null; may be y itself
   const void* residual;  // (rows, N) with the row distance of y, or null; may be y itself
   const float* gate;     // (N) or null
   const float* norm_multiply;  // (K) or null; read only when norm_eps > 0
@@ -37,6 +38,8 @@ struct qv_call {
   const float* sin;
   int32_t batch, heads, kv_heads, head_dim;
   float scale;
+  float* cells;  // qv_cells() floats, aligned to 64 bytes: gather writes keys (turned, transposed)
+                 // and values there; attention reads them from there, or gathers where it is null
 };
 
 // A layer is made in steps: new, one part per width, finish; which = 0 main, 1 up (gated MLP).
@@ -46,17 +49,30 @@ QV_API int32_t qv_layer_part(qv_layer* layer, int32_t which, int32_t bits, int64
                              int64_t group, const void* data, const float* scales);
 QV_API int32_t qv_layer_finish(qv_layer* layer, int32_t which, const int64_t* order,
                                const float* bias);
+// K multipliers of the input, before the Hadamard; copied.
+QV_API int32_t qv_layer_diagonal(qv_layer* layer, const float* multipliers);
 QV_API int64_t qv_layer_bytes(const qv_layer* layer);
+// From now on count what the tokens of a layer look like when they are quantized.
+QV_API void qv_layer_watch(qv_layer* layer);
+// Five numbers since the last call, which are then set back: finite tokens, sum of their largest
+// magnitudes, the largest of these, tokens that were not finite, tokens clipped by a static scale.
+QV_API void qv_layer_seen(qv_layer* layer, double* five);
 QV_API void qv_layer_free(qv_layer* layer);
 
+// Floats that the keys and values of an attention take once they are gathered.
+QV_API int64_t qv_cells(int64_t keys, int32_t batch, int32_t kv_heads, int32_t head_dim);
 QV_API int32_t qv_run(const qv_call* calls, int64_t count);
 // The plain case of qv_run without filling a structure: contiguous x and y, no norm.
 QV_API int32_t qv_linear(const qv_layer* layer, int64_t rows, const void* x, void* y,
                          int32_t dtype, float act_scale, const float* gate, const void* residual);
 
+// 1 where the system lets this process use the instructions of this path.
+QV_API int32_t qv_ready();
 QV_API int32_t qv_set_threads(int32_t count);
 QV_API int32_t qv_threads();
 QV_API const char* qv_name();
 // Integer operations per second that this path's multiply-accumulate reaches in registers, best of
 // several short runs on the calling thread.
 QV_API double qv_peak();
+// Bytes per second at which this thread reads `bytes` of memory again and again, best of several.
+QV_API double qv_read_rate(const void* memory, int64_t bytes);

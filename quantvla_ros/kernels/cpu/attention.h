@@ -55,11 +55,12 @@ struct Attention {
   int64_t padded;  // keys padded to two vectors
 
   int64_t half() const { return call.head_dim / 2; }
-  int64_t head_floats() const { return (padded + 2 * VL) * call.head_dim; }
   // Values of a head: the cached rows have the stride of the caller and no padding, so they are
   // copied beside the transposed keys.
   int64_t cell() const { return padded * call.head_dim * 2; }
-  float* keys(int64_t index) const { return work.keys + index * cell(); }
+  float* keys(int64_t index) const {
+    return (call.cells ? call.cells : work.keys) + index * cell();
+  }
   float* values(int64_t index) const { return keys(index) + padded * call.head_dim; }
 
   void rotate(const float* x, int64_t position, float factor, float* y, int64_t step) const {
@@ -76,48 +77,42 @@ struct Attention {
     }
   }
 
-  void gather(Worker& worker) const {
-    const int64_t total = int64_t{call.batch} * call.kv_heads;
-    for (int64_t t = worker.take(1); t < total; t = worker.take(1)) {
-      const int64_t batch = t / call.kv_heads, head = t % call.kv_heads;
-      std::memset(keys(t), 0, static_cast<size_t>(cell()) * 4);
-      for (int64_t s = 0; s < call.keys; ++s) {
-        const int64_t row = batch * call.keys + s;
-        rotate(call.k + row * call.ldk + head * call.head_dim, s, 1.0f, keys(t) + s, padded);
-        std::memcpy(values(t) + s * call.head_dim, call.v + row * call.ldv + head * call.head_dim,
-                    static_cast<size_t>(call.head_dim) * 4);
-      }
+  void gather(int64_t t) const {
+    const int64_t batch = t / call.kv_heads, head = t % call.kv_heads;
+    std::memset(keys(t), 0, static_cast<size_t>(cell()) * 4);
+    for (int64_t s = 0; s < call.keys; ++s) {
+      const int64_t row = batch * call.keys + s;
+      rotate(call.k + row * call.ldk + head * call.head_dim, s, 1.0f, keys(t) + s, padded);
+      std::memcpy(values(t) + s * call.head_dim, call.v + row * call.ldv + head * call.head_dim,
+                  static_cast<size_t>(call.head_dim) * 4);
     }
   }
 
-  void attend(Worker& worker, float* scratch) const {
-    const int64_t blocks = (call.rows + QUERIES - 1) / QUERIES;
+  int64_t blocks() const { return (call.rows + QUERIES - 1) / QUERIES; }
+  int64_t tasks() const { return int64_t{call.batch} * call.heads * blocks(); }
+
+  void attend(int64_t task, float* scratch) const {
     const int64_t dim = call.head_dim;
-    const int64_t total = int64_t{call.batch} * call.heads * blocks;
     float* queries = scratch;
     float* scores = queries + QUERIES * dim;
     float* out = scores + QUERIES * padded;
-    for (int64_t t = worker.take(2); t < total; t = worker.take(2))
-      for (int64_t u = t; u < t + 2 && u < total; ++u) {
-        const int64_t block = u % blocks, head = u / blocks % call.heads;
-        const int64_t batch = u / blocks / call.heads;
-        const int64_t cell_index = batch * call.kv_heads + head * call.kv_heads / call.heads;
-        const int64_t first = block * QUERIES;
-        const int64_t count = call.rows - first < QUERIES ? call.rows - first : QUERIES;
-        for (int64_t i = 0; i < QUERIES; ++i) {
-          const int64_t at = first + (i < count ? i : 0);
-          rotate(static_cast<const float*>(call.x) + (batch * call.rows + at) * call.ldx +
-                     head * dim,
-                 at, call.scale, queries + i * dim, 1);
-        }
-        small_product(queries, dim, keys(cell_index), padded, dim, padded, scores, padded);
-        for (int64_t i = 0; i < QUERIES; ++i) softmax(scores + i * padded, call.keys, padded);
-        small_product(scores, padded, values(cell_index), dim, call.keys, dim, out, dim);
-        for (int64_t i = 0; i < count; ++i)
-          std::memcpy(static_cast<float*>(call.y) + (batch * call.rows + first + i) * call.ldy +
-                          head * dim,
-                      out + i * dim, static_cast<size_t>(dim) * 4);
-      }
+    const int64_t block = task % blocks(), head = task / blocks() % call.heads;
+    const int64_t batch = task / blocks() / call.heads;
+    const int64_t cell_index = batch * call.kv_heads + head * call.kv_heads / call.heads;
+    const int64_t first = block * QUERIES;
+    const int64_t count = call.rows - first < QUERIES ? call.rows - first : QUERIES;
+    for (int64_t i = 0; i < QUERIES; ++i) {
+      const int64_t at = first + (i < count ? i : 0);
+      rotate(static_cast<const float*>(call.x) + (batch * call.rows + at) * call.ldx + head * dim,
+             at, call.scale, queries + i * dim, 1);
+    }
+    small_product(queries, dim, keys(cell_index), padded, dim, padded, scores, padded);
+    for (int64_t i = 0; i < QUERIES; ++i) softmax(scores + i * padded, call.keys, padded);
+    small_product(scores, padded, values(cell_index), dim, call.keys, dim, out, dim);
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(static_cast<float*>(call.y) + (batch * call.rows + first + i) * call.ldy +
+                      head * dim,
+                  out + i * dim, static_cast<size_t>(dim) * 4);
   }
 };
 
@@ -130,24 +125,17 @@ inline int64_t attention_scratch(const Attention& a) {
 }
 
 inline int32_t prepare_attention(const qv_call& call, Workspace& work, int threads) {
-  const bool shaped = call.rows >= 0 && call.keys >= 1 && call.batch >= 1 && call.kv_heads >= 1 &&
-                      call.heads >= call.kv_heads && call.heads % call.kv_heads == 0 &&
+  const bool queries = call.kind == QV_GATHER || (call.rows >= 0 && call.heads >= call.kv_heads &&
+                                                  call.heads % call.kv_heads == 0);
+  const bool shaped = call.keys >= 1 && call.batch >= 1 && call.kv_heads >= 1 && queries &&
                       call.head_dim >= 2 * VL && call.head_dim % (2 * VL) == 0;
-  if (!shaped) return QV_SHAPE;
+  if (!shaped || (call.kind == QV_GATHER && !call.cells)) return QV_SHAPE;
   const Attention a = attention_of(call, work);
   if (call.keys > (1 << 20) || call.rows > (1 << 20) || call.head_dim > 1024) return QV_SIZE;
-  const int64_t cells = int64_t{call.batch} * call.kv_heads * a.cell();
+  const int64_t cells = call.cells ? 0 : int64_t{call.batch} * call.kv_heads * a.cell();
   const bool ok = Workspace::grow(work.keys, work.keys_size, cells) &&
                   Workspace::grow(work.floats, work.floats_size, threads * attention_scratch(a));
   return ok ? QV_OK : QV_MEMORY;
-}
-
-inline void run_attention(Worker& worker, const qv_call& call, Workspace& work) {
-  const Attention a = attention_of(call, work);
-  a.gather(worker);
-  worker.barrier();
-  a.attend(worker, work.floats + worker.id * attention_scratch(a));
-  worker.barrier();
 }
 
 }  // namespace

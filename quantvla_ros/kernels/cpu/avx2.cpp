@@ -39,7 +39,7 @@ inline void flush(__m256i sum, const float* scale, bool first, float* out) {
                              : _mm256_fmadd_ps(value, factor, _mm256_load_ps(out)));
 }
 
-struct Base {
+struct Base : Common {
   static constexpr int NR = 16, KK = 4;
 
   static int32_t round_chunk(const float* x, int8_t* q, int64_t k, float inverse, float top,
@@ -83,7 +83,7 @@ struct Isa : Base {
 #endif
   static constexpr int MR = 5, W8_OFFSET = 128;  // ten sums, two operands, one quad, one mask
 
-  template <int ROWS, int FIELDS>
+  template <int ROWS, int FIELDS, int BITS>
   static void tile(const Tile& t) {
     constexpr int SHIFT = FIELDS == 1 ? 7 : FIELDS == 2 ? 3 : 1;
     const uint8_t* p = t.panel;
@@ -94,7 +94,7 @@ struct Isa : Base {
 #pragma GCC unroll 6
       for (int i = 0; i < ROWS; ++i) {
         sum[0][i][0] = sum[0][i][1] =
-            _mm256_slli_epi32(_mm256_set1_epi32(t.sums[i * t.groups + g]), SHIFT);
+            _mm256_slli_epi32(_mm256_set1_epi32(t.sums[i * t.lds + g]), SHIFT);
 #pragma GCC unroll 4
         for (int c = 1; c < CHAINS; ++c) sum[c][i][0] = sum[c][i][1] = _mm256_setzero_si256();
       }
@@ -200,7 +200,7 @@ struct Isa : Base {
     for (int i = 0; i < ROWS; ++i) out[2 * i] = sum[i][0], out[2 * i + 1] = sum[i][1];
   }
 
-  template <int ROWS, int FIELDS>
+  template <int ROWS, int FIELDS, int BITS>
   static void tile(const Tile& t) {
     const int64_t group_bytes = t.group / FIELDS * NR;
     for (int64_t g = 0; g < t.groups; ++g) {
@@ -212,7 +212,7 @@ struct Isa : Base {
       } else {
         for (int i = 0; i < ROWS; ++i)
           sum[2 * i] = sum[2 * i + 1] = _mm256_slli_epi32(
-              _mm256_set1_epi32(t.sums[i * t.groups + g]), FIELDS == 2 ? 3 : 1);
+              _mm256_set1_epi32(t.sums[i * t.lds + g]), FIELDS == 2 ? 3 : 1);
         for (int64_t k = 0; k < t.group; k += 32)
           narrow<ROWS, FIELDS>(p + k / FIELDS * NR, x + k, t.ldx, sum);
       }

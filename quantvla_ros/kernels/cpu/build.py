@@ -21,10 +21,11 @@ COMMON = ('-std=c++17', '-O3', '-fPIC', '-pthread', '-fvisibility=hidden', '-fno
           '-fno-trapping-math', '-Wall', '-Wextra', '-Wno-subobject-linkage', '-Wno-psabi',
           '-Wno-uninitialized', '-Wno-maybe-uninitialized')
 AVX2 = ('-mavx2', '-mfma')
+AVX512 = (*AVX2, '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mavx512vnni')
 # path -> (machine or '', source, flags)
 TARGETS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    'avx512vnni': ('x86_64', 'avx512vnni.cpp', (
-        *AVX2, '-mavx512f', '-mavx512bw', '-mavx512vl', '-mavx512dq', '-mavx512vnni')),
+    'amx': ('x86_64', 'amx.cpp', (*AVX512, '-mamx-tile', '-mamx-int8')),
+    'avx512vnni': ('x86_64', 'avx512vnni.cpp', AVX512),
     'avx2vnni': ('x86_64', 'avx2.cpp', (*AVX2, '-mavxvnni')),
     'avx512vl': ('x86_64', 'avx2.cpp', (*AVX2, '-mavx512f', '-mavx512vl', '-mavx512vnni')),
     'avx2': ('x86_64', 'avx2.cpp', AVX2),

@@ -19,13 +19,13 @@ inline __attribute__((always_inline)) int32x4_t dot(int32x4_t sum, int8x16_t wei
   }
 }
 
-struct Isa {
+struct Isa : Common {
   static constexpr const char* NAME = "dotprod";
   static constexpr int NR = 16, MR = 4, KK = 4, W8_OFFSET = 0;
 
-  template <int ROWS, int FIELDS>
+  template <int ROWS, int FIELDS, int BITS>
   static void tile(const Tile& t) {
-    constexpr int BITS = 8 / FIELDS, OFFSET = FIELDS == 1 ? 0 : FIELDS == 2 ? 8 : 2;
+    constexpr int OFFSET = FIELDS == 1 ? 0 : FIELDS == 2 ? 8 : 2;
     const uint8x16_t mask = vdupq_n_u8((1 << BITS) - 1);
     const uint8_t* p = t.panel;
     for (int64_t g = 0; g < t.groups; ++g) {
@@ -33,7 +33,7 @@ struct Isa {
 #pragma GCC unroll 4
       for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; ++v) sum[i][v] = vdupq_n_s32(OFFSET * t.sums[i * t.groups + g]);
+        for (int v = 0; v < 4; ++v) sum[i][v] = vdupq_n_s32(OFFSET * t.sums[i * t.lds + g]);
       const int8_t* x = t.x + g * t.group;
       for (int64_t k = 0; k < t.group; k += 16, x += 16) {
         int8x16_t token[ROWS];

@@ -1,31 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// A layer call: quantize the tokens, then tiles of (rows x one panel), each finished in place with
-// scale, bias, activation, second product, gate and residual. The tile itself is the Isa's.
+// A layer call as two phases: quantize the tokens, then blocks of tokens against panels of W, each
+// finished at once with scale, bias, activation, second product, factor, gate and residual.
 #pragma once
+#include "block.h"
 #include "pool.h"
-#include "quantize.h"
 
 namespace {
-
-// What a tile needs. out: (rows, NR) = sum over groups of float(exact integer sum) * scale.
-struct Tile {
-  const int8_t* x;
-  int64_t ldx;
-  const int32_t* sums;  // [row][group], negative: times the operand's offset they start the sums
-  const uint8_t* panel;
-  const float* scales;  // [group][NR]
-  int64_t groups, group;
-  float* out;
-};
 
 // Scratch that all threads share; grows, never shrinks.
 struct Workspace {
   int8_t* q = nullptr;
   float* scale = nullptr;
+  float* amax = nullptr;
   int32_t* sums = nullptr;
   float* floats = nullptr;  // rows for 16-bit parts, else one row per thread
   float* keys = nullptr;    // attention: rotated keys, transposed
-  int64_t q_size = 0, scale_size = 0, sums_size = 0, floats_size = 0, keys_size = 0;
+  int64_t q_size = 0, scale_size = 0, amax_size = 0, sums_size = 0, floats_size = 0, keys_size = 0;
 
   template <class T>
   static bool grow(T*& memory, int64_t& size, int64_t wanted) {
@@ -37,34 +27,24 @@ struct Workspace {
   }
 };
 
+// Bytes from one quantized token to the next. A power of two would send the same columns of all
+// tokens to the same few sets of the first-level cache.
+inline int64_t distance_of(int64_t k) {
+  const int64_t depth = round_up(k, DEPTH_STEP);
+  return depth % 512 ? depth : depth + DEPTH_STEP;
+}
+
 template <class Isa>
-void wide_tile(const qv_layer& layer, const Part& part, int64_t panel, const float* x,
-               int64_t ldx, int rows, float* out) {
+void wide_block(const qv_layer& layer, const Part& part, int64_t panel, const float* x,
+                int64_t ldx, int64_t rows, float* out) {
   const uint16_t* w =
       reinterpret_cast<const uint16_t*>(part.data) + panel * layer.k * Isa::NR;
   std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows * Isa::NR));
   for (int64_t k = 0; k < layer.k; ++k) {
     float wide[Isa::NR];
     for (int j = 0; j < Isa::NR; ++j) wide[j] = from_bf16(w[k * Isa::NR + j]);
-    for (int i = 0; i < rows; ++i)
+    for (int64_t i = 0; i < rows; ++i)
       for (int j = 0; j < Isa::NR; ++j) out[i * Isa::NR + j] += x[i * ldx + k] * wide[j];
-  }
-}
-
-template <class Isa, int BITS>
-void integer_tile(const Tile& tile, int rows) {
-  constexpr int FIELDS = 8 / BITS;
-  switch (rows) {
-    case 1: return Isa::template tile<1, FIELDS>(tile);
-    case 2: return Isa::template tile<2, FIELDS>(tile);
-    case 3: return Isa::template tile<3, FIELDS>(tile);
-    case 4: return Isa::template tile<4, FIELDS>(tile);
-    case 5:
-      if constexpr (Isa::MR >= 5) return Isa::template tile<5, FIELDS>(tile);
-      break;
-    case 6:
-      if constexpr (Isa::MR >= 6) return Isa::template tile<6, FIELDS>(tile);
-      break;
   }
 }
 
@@ -74,53 +54,62 @@ struct Run {
   const qv_call& call;
   const qv_layer& layer;
   Workspace& work;
-  int64_t depth;
+  int threads;
+  int64_t depth = round_up(layer.k, DEPTH_STEP);
+  int64_t distance = distance_of(layer.k);
 
-  int8_t* q(int64_t row) const { return work.q + row * depth; }
-
-  void product_tile(const Part& part, int64_t panel, int64_t row, int rows, float* out) const {
+  void product(const Part& part, int64_t panel, int64_t row, int64_t rows, float* out) const {
     if (part.bits == 0) {
       std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows * Isa::NR));
       return;
     }
     if (part.bits == 16) {
-      wide_tile<Isa>(layer, part, panel, work.floats + row * depth, depth, rows, out);
+      wide_block<Isa>(layer, part, panel, work.floats + row * depth, depth, rows, out);
       return;
     }
-    const Tile tile{q(row),
-                    depth,
+    const Tile tile{work.q + row * distance,
+                    distance,
                     work.sums + row * layer.groups,
+                    layer.groups,
                     part.data + panel * Isa::NR * part.depth * part.bits / 8,
                     part.scales + panel * part.groups * Isa::NR,
                     part.groups,
                     part.group,
-                    out};
+                    out,
+                    nullptr,
+                    false,
+                    false,
+                    false};
     if (part.bits == 4)
-      integer_tile<Isa, 4>(tile, rows);
+      multiply_block<Isa, 4>(tile, rows);
     else if (part.bits == 8)
-      integer_tile<Isa, 8>(tile, rows);
+      multiply_block<Isa, 8>(tile, rows);
     else
-      integer_tile<Isa, 2>(tile, rows);
+      multiply_block<Isa, 2>(tile, rows);
   }
 
-  // Scale and bias one row of a tile. 16-bit parts carry no activation scale, but a token that is
-  // not finite must be NaN in all its outputs: 0 * NaN brings it in.
-  void scale_row(const Part& part, const float* bias, float scale, float* out) const {
-    const bool integers = part.bits == 2 || part.bits == 4 || part.bits == 8;
-    const Floats s = splat(integers ? scale : 1.0f);
-    const Floats poison = splat(integers ? 0.0f : 0.0f * scale);
-    for (int j = 0; j < Isa::NR; j += VL) {
-      Floats v = load(out + j) * s + poison;
+  // Scale and bias of one row. 16-bit parts carry no activation scale, but a token that is not
+  // finite must be NaN in all its outputs: 0 * NaN brings it in.
+  struct Affine {
+    Floats scale, poison;
+    const float* bias;
+    Floats operator()(const float* out, int j) const {
+      Floats v = load(out + j) * scale + poison;
       if (bias) v += load(bias + j);
-      store(out + j, v);
+      return v;
     }
+  };
+
+  Affine affine(const Product& product, const Part& part, int64_t panel, int64_t row) const {
+    const bool integers = part.bits == 2 || part.bits == 4 || part.bits == 8;
+    const float scale = work.scale[row];
+    const float* bias = product.bias ? product.bias + part.first + panel * Isa::NR : nullptr;
+    return {splat(integers ? scale : 1.0f), splat(integers ? 0.0f : 0.0f * scale), bias};
   }
 
-  void activate(float* out) const {
-    if (layer.activation == QV_SILU)
-      for (int j = 0; j < Isa::NR; j += VL) store(out + j, silu(load(out + j)));
-    else if (layer.activation == QV_GELU_TANH)
-      for (int j = 0; j < Isa::NR; j += VL) store(out + j, gelu_tanh(load(out + j)));
+  Floats activate(Floats v) const {
+    if (layer.activation == QV_SILU) return silu(v);
+    return layer.activation == QV_GELU_TANH ? gelu_tanh(v) : v;
   }
 
   float residual_at(int64_t at) const {
@@ -138,6 +127,7 @@ struct Run {
       const int64_t column = map ? map[stored] : stored;
       const int64_t at = row * call.ldy + column;
       float v = out[j];
+      if (call.factor) v *= call.factor[at];
       if (call.gate) v *= call.gate[column];
       if (call.residual) v += residual_at(at);
       if (call.dtype == QV_F32)
@@ -147,110 +137,140 @@ struct Run {
     }
   }
 
-  void write_row(const Part& part, int64_t panel, int64_t row, const float* out) const {
-    const bool whole = (panel + 1) * Isa::NR <= part.rows;
-    if (!whole || call.dtype != QV_F32 || layer.product[0].column) {
-      write_any(part, panel, row, out);
-      return;
-    }
+  // One vector of a whole panel of float32: nothing is read twice.
+  void write_vector(int64_t at, int64_t column, Floats v) const {
+    if (call.factor) v *= load(call.factor + at);
+    if (call.gate) v *= load(call.gate + column);
+    if (call.residual) v += load(static_cast<const float*>(call.residual) + at);
+    store(static_cast<float*>(call.y) + at, v);
+  }
+
+  void finish_row(const Part& part, int64_t panel, int64_t row, float* out, float* second) const {
+    const Affine main = affine(layer.product[0], part, panel, row);
+    const Affine up = layer.gated ? affine(layer.product[1], layer.product[1].part[0], panel, row)
+                                  : main;
+    const bool whole = (panel + 1) * Isa::NR <= part.rows && call.dtype == QV_F32 &&
+                       !layer.product[0].column;
     const int64_t column = part.first + panel * Isa::NR;
-    float* y = static_cast<float*>(call.y) + row * call.ldy + column;
-    const float* residual =
-        call.residual ? static_cast<const float*>(call.residual) + row * call.ldy + column : nullptr;
     for (int j = 0; j < Isa::NR; j += VL) {
-      Floats v = load(out + j);
-      if (call.gate) v *= load(call.gate + column + j);
-      if (residual) v += load(residual + j);
-      store(y + j, v);
+      Floats v = activate(main(out, j));
+      if (layer.gated) v *= up(second, j);
+      if (whole)
+        write_vector(row * call.ldy + column + j, column + j, v);
+      else
+        store(out + j, v);
     }
+    if (!whole) write_any(part, panel, row, out);
   }
 
   // Ask for the lines of y now, so that they are here when the sums are done.
-  void fetch_output(int64_t stored, int64_t row, int rows) const {
+  void fetch_output(int64_t stored, int64_t row, int64_t rows) const {
     if (call.dtype != QV_F32 || layer.product[0].column) return;
-    for (int i = 0; i < rows; ++i)
+    for (int64_t i = 0; i < rows; ++i)
       for (int j = 0; j < Isa::NR; j += 16)
         __builtin_prefetch(static_cast<const float*>(call.y) + (row + i) * call.ldy + stored + j,
                            1, 3);
   }
 
-  void tile(int64_t part_index, int64_t panel, int64_t row, int rows) const {
-    alignas(64) float out[Isa::MR * Isa::NR];
-    alignas(64) float second[Isa::MR * Isa::NR];
-    const Product& main = layer.product[0];
-    const Part& part = main.part[part_index];
-    const int64_t at = part.first + panel * Isa::NR;
-    fetch_output(at, row, rows);
-    product_tile(part, panel, row, rows, out);
-    if (layer.gated) product_tile(layer.product[1].part[0], panel, row, rows, second);
-    for (int i = 0; i < rows; ++i) {
-      float* line = out + i * Isa::NR;
-      scale_row(part, main.bias ? main.bias + at : nullptr, work.scale[row + i], line);
-      activate(line);
-      if (layer.gated) {
-        const Product& up = layer.product[1];
-        float* other = second + i * Isa::NR;
-        scale_row(up.part[0], up.bias ? up.bias + at : nullptr, work.scale[row + i], other);
-        for (int j = 0; j < Isa::NR; j += VL) store(line + j, load(line + j) * load(other + j));
-      }
-      write_row(part, panel, row + i, line);
+  void block(int64_t part_index, int64_t panel, int64_t row, int64_t rows) const {
+    constexpr int64_t ROOM = (BLOCK_ROWS + PAD_ROWS) * Isa::NR;
+    alignas(64) float out[ROOM], second[ROOM];
+    const Part& part = layer.product[0].part[part_index];
+    fetch_output(part.first + panel * Isa::NR, row, rows);
+    product(part, panel, row, rows, out);
+    if (layer.gated) product(layer.product[1].part[0], panel, row, rows, second);
+    for (int64_t i = 0; i < rows; ++i)
+      finish_row(part, panel, row + i, out + i * Isa::NR, second + i * Isa::NR);
+  }
+
+  // -- the two phases --------------------------------------------------------------------------
+
+  int64_t quantize_step() const { return call.rows < 4 * threads ? 1 : 4; }
+  int64_t quantize_tasks() const { return (call.rows + quantize_step() - 1) / quantize_step(); }
+
+  void quantize(int64_t task, int worker) const {
+    const int64_t step = quantize_step(), end = (task + 1) * step;
+    float* scratch = work.floats + (layer.wide ? 0 : worker * depth);
+    for (int64_t row = task * step; row < end && row < call.rows; ++row) {
+      const Token token{&call, &layer, distance, layer.wide ? scratch + row * depth : scratch,
+                        work.q + row * distance, work.sums + row * layer.groups,
+                        work.scale + row, work.amax + row};
+      quantize_token<Isa>(token, row);
     }
   }
 
-  // All rows of a block against one panel, in tiles of nearly equal height.
-  void strip(int64_t part_index, int64_t panel, int64_t begin, int64_t end) const {
-    const int64_t tiles = (end - begin + Isa::MR - 1) / Isa::MR;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = begin + (end - begin) * t / tiles;
-      const int64_t next = begin + (end - begin) * (t + 1) / tiles;
-      tile(part_index, panel, row, static_cast<int>(next - row));
-    }
+  int64_t panels() const {
+    int64_t total = 0;
+    const Product& main = layer.product[0];
+    for (int i = 0; i < main.parts; ++i) total += main.part[i].panels;
+    return total;
   }
 
   // Rows of a block: their integers stay in the second-level cache while the panels pass by.
-  int64_t block_rows() const {
-    const int64_t fit = 256 * 1024 / depth / Isa::MR * Isa::MR;
-    return fit < 2 * Isa::MR ? 2 * Isa::MR : fit;
+  int64_t blocks() const {
+    const int64_t fit = 512 * 1024 / depth / Isa::MR * Isa::MR;
+    const int64_t least = 2 * Isa::MR, most = BLOCK_ROWS;
+    const int64_t height = fit < least ? least : fit > most ? most : fit;
+    return (call.rows + height - 1) / height;
   }
 
-  void quantize(Worker& worker) const {
-    const int64_t step = call.rows < 4 * worker.count ? 1 : 4;
-    float* scratch = work.floats + (layer.wide ? 0 : worker.id * depth);
-    for (int64_t row = worker.take(step); row < call.rows; row = worker.take(step))
-      for (int64_t r = row; r < row + step && r < call.rows; ++r) {
-        const Token token{&call, &layer,     depth,
-                          layer.wide ? scratch + r * depth : scratch,
-                          q(r),  work.sums + r * layer.groups, work.scale + r};
-        quantize_token<Isa>(token, r);
-      }
+  // Several small tasks are taken at once; one thread takes everything.
+  int64_t multiply_step() const {
+    const int64_t total = blocks() * panels();
+    return threads == 1 ? total : 1 + total / (16 * threads);
+  }
+  int64_t multiply_tasks() const {
+    const int64_t step = multiply_step();
+    return (blocks() * panels() + step - 1) / step;
   }
 
-  void multiply(Worker& worker) const {
+  void multiply(int64_t task) const {
     const Product& main = layer.product[0];
-    int64_t panels = 0;
-    for (int i = 0; i < main.parts; ++i) panels += main.part[i].panels;
-    const int64_t height = block_rows();
-    const int64_t blocks = (call.rows + height - 1) / height;
-    const int64_t total = blocks * panels;
-    const int64_t step = worker.count == 1 ? total : 1 + total / (16 * worker.count);
-    for (int64_t task = worker.take(step); task < total; task = worker.take(step))
-      for (int64_t t = task; t < task + step && t < total; ++t) {
-        int64_t panel = t % panels;
-        int part = 0;
-        while (panel >= main.part[part].panels) panel -= main.part[part++].panels;
-        const int64_t block = t / panels;
-        strip(part, panel, call.rows * block / blocks, call.rows * (block + 1) / blocks);
-      }
+    const int64_t width = panels(), height = blocks(), step = multiply_step();
+    for (int64_t t = task * step; t < (task + 1) * step && t < width * height; ++t) {
+      int64_t panel = t % width;
+      int part = 0;
+      while (panel >= main.part[part].panels) panel -= main.part[part++].panels;
+      const int64_t row = call.rows * (t / width) / height;
+      block(part, panel, row, call.rows * (t / width + 1) / height - row);
+    }
   }
 };
 
-template <class Isa>
-void run_linear(Worker& worker, const qv_call& call, Workspace& work) {
-  const Run<Isa> run{call, *call.layer, work, round_up(call.layer->k, DEPTH_STEP)};
-  run.quantize(worker);
-  worker.barrier();
-  run.multiply(worker);
-  worker.barrier();
+// Whether the tokens that `before` quantized are those that `call` asks for.
+inline bool same_tokens(const qv_call& before, const qv_call& call) {
+  if (before.kind != QV_LINEAR || call.kind != QV_LINEAR) return false;
+  const qv_layer &a = *before.layer, &b = *call.layer;
+  const char* x = static_cast<const char*>(call.x);
+  const char* y = static_cast<const char*>(before.y);
+  const int64_t size = call.dtype == QV_F32 ? 4 : 2;
+  const bool untouched = y >= x + ((call.rows - 1) * call.ldx + b.k) * size ||
+                         y + ((before.rows - 1) * before.ldy + a.n) * size <= x;
+  const bool alike = before.x == call.x && before.rows == call.rows && before.ldx == call.ldx &&
+                     before.dtype == call.dtype && before.act_scale == call.act_scale &&
+                     before.norm_eps == call.norm_eps && before.norm_add == call.norm_add &&
+                     before.norm_multiply == call.norm_multiply;
+  if (!alike || !untouched || a.k != b.k || a.act_bits != b.act_bits || a.groups != b.groups ||
+      a.hadamard != b.hadamard || a.wide != b.wide || !a.diagonal != !b.diagonal)
+    return false;
+  return !a.diagonal || !std::memcmp(a.diagonal, b.diagonal, static_cast<size_t>(a.k) * 4);
+}
+
+// The tokens of a call are quantized: count what a watched layer sees.
+inline void observe(const qv_call& call, const Workspace& work) {
+  Seen& seen = call.layer->seen;
+  const float reach = call.act_scale * top_of(*call.layer);
+  for (int64_t i = 0; i < call.rows; ++i) {
+    if (work.scale[i] != work.scale[i]) {
+      seen.broken += 1;
+      continue;
+    }
+    const double amax = work.amax[i];
+    seen.tokens += 1;
+    seen.sum += amax;
+    seen.largest = amax > seen.largest ? amax : seen.largest;
+    seen.clipped += call.act_scale != 0.0f && work.amax[i] > reach;
+  }
 }
 
 inline int32_t prepare_linear(const qv_call& call, Workspace& work, int threads) {
@@ -258,11 +278,14 @@ inline int32_t prepare_linear(const qv_call& call, Workspace& work, int threads)
     return QV_SHAPE;
   const int64_t depth = round_up(call.layer->k, DEPTH_STEP);
   const int64_t groups = call.layer->groups ? call.layer->groups : 1;
-  if (call.rows > (int64_t{1} << 40) / (depth > call.layer->n ? depth : call.layer->n))
+  if (call.rows > (int64_t{1} << 40) / (depth > call.layer->n ? depth : call.layer->n) ||
+      call.rows > int64_t{1} << 30)
     return QV_SIZE;
   const int64_t lines = call.layer->wide ? call.rows : threads;
-  const bool ok = Workspace::grow(work.q, work.q_size, call.rows * depth) &&
+  const int64_t bytes = (call.rows + PAD_ROWS) * distance_of(call.layer->k);
+  const bool ok = Workspace::grow(work.q, work.q_size, bytes) &&
                   Workspace::grow(work.scale, work.scale_size, call.rows) &&
+                  Workspace::grow(work.amax, work.amax_size, call.rows) &&
                   Workspace::grow(work.sums, work.sums_size, call.rows * groups) &&
                   Workspace::grow(work.floats, work.floats_size, lines * depth);
   return ok ? QV_OK : QV_MEMORY;

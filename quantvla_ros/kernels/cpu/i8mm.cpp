@@ -7,13 +7,13 @@
 
 namespace {
 
-struct Isa {
+struct Isa : Common {
   static constexpr const char* NAME = "i8mm";
   static constexpr int NR = 16, MR = 4, KK = 8, W8_OFFSET = 0, PAIRS = NR / 2;
 
-  template <int ROWS, int FIELDS>
+  template <int ROWS, int FIELDS, int BITS>
   static void tile(const Tile& t) {
-    constexpr int BITS = 8 / FIELDS, OFFSET = FIELDS == 1 ? 0 : FIELDS == 2 ? 8 : 2;
+    constexpr int OFFSET = FIELDS == 1 ? 0 : FIELDS == 2 ? 8 : 2;
     constexpr int TWOS = (ROWS + 1) / 2;  // an odd last token is multiplied twice, stored once
     const uint8x16_t mask = vdupq_n_u8((1 << BITS) - 1);
     const uint8_t* p = t.panel;
@@ -22,8 +22,8 @@ struct Isa {
 #pragma GCC unroll 2
       for (int r = 0; r < TWOS; ++r) {
         const int second = 2 * r + 1 < ROWS ? 2 * r + 1 : 2 * r;
-        const int32x2_t a = vdup_n_s32(OFFSET * t.sums[2 * r * t.groups + g]);
-        const int32x2_t b = vdup_n_s32(OFFSET * t.sums[second * t.groups + g]);
+        const int32x2_t a = vdup_n_s32(OFFSET * t.sums[2 * r * t.lds + g]);
+        const int32x2_t b = vdup_n_s32(OFFSET * t.sums[second * t.lds + g]);
 #pragma GCC unroll 8
         for (int v = 0; v < PAIRS; ++v) sum[r][v] = vcombine_s32(a, b);
       }

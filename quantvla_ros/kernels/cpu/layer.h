@@ -54,9 +54,17 @@ struct Product {
 
 }  // namespace
 
+// What tokens looked like when they were quantized; see qv_layer_seen.
+struct Seen {
+  double tokens = 0, sum = 0, largest = 0, broken = 0, clipped = 0;
+};
+
 struct qv_layer {
   int64_t n, k;
   int32_t act_bits, hadamard, activation;
+  float* diagonal = nullptr;  // (k) multipliers of the input, or null
+  mutable Seen seen;          // written by the thread that begins a phase, read under the turn
+  bool watched = false;
   Product product[2];
   bool gated = false;
   int64_t groups = 0;   // groups that the quantizer sums: 1 or k / group
@@ -186,6 +194,7 @@ inline void free_layer(qv_layer* layer) {
     std::free(product.column);
     std::free(product.bias);
   }
+  std::free(layer->diagonal);
   delete layer;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The C functions of one library. Included last by the file of each instruction set, with
-// its Isa: { NR, MR, KK, W8_OFFSET, NAME, round_chunk, tile, peak_burst }.
+// its Isa: { NR, MR, KK, W8_OFFSET, PIECE, NAME, ready, rest, round_chunk, block, tile, peak_burst }.
+// PIECE: columns of a panel that several tiles share at a time; 0 for all.
 #pragma once
 #include <chrono>
 
@@ -8,26 +9,60 @@
 
 namespace {
 
-struct Program {
-  const qv_call* calls;
-  int64_t count;
-};
-
 inline Workspace& workspace() {
   static Workspace* made = new Workspace;  // guarded by the pool's turn
   return *made;
 }
 
-inline void run_program(Worker& worker, void* context) {
-  const Program& program = *static_cast<const Program*>(context);
-  for (int64_t i = 0; i < program.count; ++i) {
-    const qv_call& call = program.calls[i];
-    if (call.rows == 0) continue;
-    if (call.kind == QV_LINEAR)
-      run_linear<Isa>(worker, call, workspace());
-    else
-      run_attention(worker, call, workspace());
+// A program as phases: two for each call, quantize and multiply, or gather and attend.
+struct Program {
+  const qv_call* calls;
+  Workspace& work;
+  int threads;
+
+  Run<Isa> linear(const qv_call& call) const { return {call, *call.layer, work, threads}; }
+
+  int64_t tasks(int64_t phase) const {
+    const int64_t index = phase / 2;
+    const qv_call& call = calls[index];
+    const bool first = phase % 2 == 0;
+    if (call.kind == QV_LINEAR) {
+      if (call.rows == 0) return 0;
+      if (first) {
+        const bool there = index > 0 && same_tokens(calls[index - 1], call);
+        return there ? 0 : linear(call).quantize_tasks();
+      }
+      if (call.layer->watched) observe(call, work);
+      return linear(call).multiply_tasks();
+    }
+    if (first) return call.kind == QV_ATTENTION && call.cells ? 0 : call.batch * call.kv_heads;
+    return call.kind == QV_GATHER ? 0 : attention_of(call, work).tasks();
   }
+
+  void run(int64_t phase, int64_t task, int worker) const {
+    const qv_call& call = calls[phase / 2];
+    const bool first = phase % 2 == 0;
+    if (call.kind == QV_LINEAR) {
+      if (first)
+        linear(call).quantize(task, worker);
+      else
+        linear(call).multiply(task);
+      return;
+    }
+    const Attention attention = attention_of(call, work);
+    if (first)
+      attention.gather(task);
+    else
+      attention.attend(task, work.floats + worker * attention_scratch(attention));
+  }
+};
+
+inline int64_t tasks_of(void* context, int64_t phase) {
+  return static_cast<const Program*>(context)->tasks(phase);
+}
+
+inline void run_task(void* context, int64_t phase, int64_t task, int worker) {
+  static_cast<const Program*>(context)->run(phase, task, worker);
 }
 
 }  // namespace
@@ -59,6 +94,31 @@ int32_t qv_layer_finish(qv_layer* layer, int32_t which, const int64_t* order, co
   return finish_product<Isa>(*layer, which, order, bias);
 }
 
+int32_t qv_layer_diagonal(qv_layer* layer, const float* multipliers) {
+  if (layer->diagonal) return QV_SHAPE;
+  layer->diagonal = static_cast<float*>(aligned(layer->k * 4));
+  if (!layer->diagonal) return QV_MEMORY;
+  std::memcpy(layer->diagonal, multipliers, static_cast<size_t>(layer->k) * 4);
+  layer->bytes += layer->k * 4;
+  return QV_OK;
+}
+
+void qv_layer_watch(qv_layer* layer) {
+  std::lock_guard<std::mutex> lock(pool().turn);
+  layer->watched = true;
+}
+
+void qv_layer_seen(qv_layer* layer, double* five) {
+  std::lock_guard<std::mutex> lock(pool().turn);
+  const Seen seen = layer->seen;
+  layer->seen = Seen{};
+  five[0] = seen.tokens;
+  five[1] = seen.sum;
+  five[2] = seen.largest;
+  five[3] = seen.broken;
+  five[4] = seen.clipped;
+}
+
 int64_t qv_layer_bytes(const qv_layer* layer) { return layer->bytes; }
 
 void qv_layer_free(qv_layer* layer) {
@@ -75,8 +135,8 @@ int32_t qv_run(const qv_call* calls, int64_t count) {
                                : prepare_attention(call, workspace(), threads.threads());
     if (status) return status;
   }
-  Program program{calls, count};
-  threads.run(run_program, &program);
+  Program program{calls, workspace(), threads.threads()};
+  threads.run({&program, 2 * count, tasks_of, run_task, Isa::rest});
   return QV_OK;
 }
 
@@ -97,6 +157,12 @@ int32_t qv_linear(const qv_layer* layer, int64_t rows, const void* x, void* y, i
   return qv_run(&call, 1);
 }
 
+int64_t qv_cells(int64_t keys, int32_t batch, int32_t kv_heads, int32_t head_dim) {
+  return 2 * round_up(keys, 2 * VL) * head_dim * batch * kv_heads;
+}
+
+int32_t qv_ready() { return Isa::ready(); }
+
 int32_t qv_set_threads(int32_t count) {
   if (count < 1 || count > 1024) return QV_SIZE;
   if (count != pool().threads()) pool().resize(count);
@@ -114,6 +180,22 @@ double qv_peak() {
     const double done = Isa::peak_burst(20000);
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
     if (done / took.count() > best) best = done / took.count();
+  }
+  return best;
+}
+
+double qv_read_rate(const void* memory, int64_t bytes) {
+  const float* from = static_cast<const float*>(memory);
+  const int64_t count = bytes / 4 / (8 * VL) * (8 * VL);
+  double best = 0;
+  for (int i = 0; i < 20; ++i) {
+    Ints seen[8] = {};
+    const auto begin = std::chrono::steady_clock::now();
+    for (int64_t at = 0; at < count; at += 8 * VL)
+      for (int v = 0; v < 8; ++v) seen[v] |= bits_of(load(from + at + v * VL));
+    for (Ints& lane : seen) asm volatile("" : "+m"(lane));
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+    if (count * 4 / took.count() > best) best = count * 4 / took.count();
   }
   return best;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One token on its way in: to float, RMS norm, block Hadamard, integers, sums per group.
+// One token on its way in: to float, RMS norm, diagonal, block Hadamard, integers, sums per group.
 // The rounding rules are those of reference.py and agree with it bit for bit.
 #pragma once
 #include "layer.h"
@@ -7,6 +7,10 @@
 namespace {
 
 constexpr float TINY = 7.888609052210118e-31f;  // 2^-100: below this a token counts as zero
+
+inline float top_of(const qv_layer& layer) {
+  return layer.act_bits == 3 ? 3.0f : layer.act_bits == 4 ? 7.0f : 127.0f;
+}
 
 struct Token {
   const qv_call* call;
@@ -16,6 +20,7 @@ struct Token {
   int8_t* q;        // (depth) out
   int32_t* sums;    // (groups) out: minus the sum of the integers
   float* scale;     // out
+  float* amax;      // out: largest magnitude
 };
 
 inline const float* as_floats(const qv_call& call, int64_t row, int64_t k, float* scratch) {
@@ -135,6 +140,10 @@ void quantize_token(const Token& token, int64_t row) {
     rms_norm(call, k, x, token.floats);
     x = token.floats;
   }
+  if (layer.diagonal) {
+    for (int64_t i = 0; i < k; ++i) token.floats[i] = x[i] * layer.diagonal[i];
+    x = token.floats;
+  }
   if (layer.hadamard) {
     hadamard64(x, token.floats, k);
     x = token.floats;
@@ -144,7 +153,8 @@ void quantize_token(const Token& token, int64_t row) {
   const int32_t bits = magnitude_bits(x, k);
   float amax;
   std::memcpy(&amax, &bits, 4);
-  const float top = layer.act_bits == 3 ? 3.0f : layer.act_bits == 4 ? 7.0f : 127.0f;
+  *token.amax = amax;
+  const float top = top_of(layer);
   float inverse, scale;
   if (bits >= 0x7f800000) {
     std::memset(token.q, 0, static_cast<size_t>(token.depth));

@@ -4,18 +4,18 @@
 
 namespace {
 
-struct Isa {
+struct Isa : Common {
   static constexpr const char* NAME = "scalar";
   static constexpr int NR = 16, MR = 4, KK = 4, W8_OFFSET = 0;
 
-  template <int ROWS, int FIELDS>
+  template <int ROWS, int FIELDS, int BITS>
   static void tile(const Tile& t) {
-    constexpr int BITS = 8 / FIELDS, OFFSET = FIELDS == 1 ? 0 : FIELDS == 2 ? 8 : 2;
+    constexpr int OFFSET = FIELDS == 1 ? 0 : FIELDS == 2 ? 8 : 2;
     const uint8_t* p = t.panel;
     for (int64_t g = 0; g < t.groups; ++g) {
       int32_t sum[ROWS][NR];
       for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < NR; ++j) sum[i][j] = OFFSET * t.sums[i * t.groups + g];
+        for (int j = 0; j < NR; ++j) sum[i][j] = OFFSET * t.sums[i * t.lds + g];
       const int8_t* x = t.x + g * t.group;
       for (int64_t k = 0; k < t.group; k += 4 * FIELDS, p += 4 * NR, x += 4 * FIELDS)
         for (int f = 0; f < FIELDS; ++f) {

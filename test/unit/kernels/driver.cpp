@@ -13,7 +13,7 @@ namespace {
 
 struct Case {
   int64_t rows, n, k, bits, group, act_bits, hadamard, activation, gated, threads, dtype;
-  int64_t data_bytes, scale_count, ordered;
+  int64_t data_bytes, scale_count, ordered, smoothed;
 };
 
 template <class T>
@@ -39,6 +39,7 @@ void run(const Case& c) {
   const auto order = read<int64_t>(c.ordered ? c.n : 0);
   const auto bias = read<float>(c.n);
   const auto gate = read<float>(c.n);
+  const auto diagonal = read<float>(c.smoothed ? c.k : 0);
   const int64_t size = c.dtype ? 2 : 4;
   const auto x = read<uint8_t>(c.rows * c.k * size);
   const auto residual = read<uint8_t>(c.rows * c.n * size);
@@ -53,10 +54,15 @@ void run(const Case& c) {
          "part");
     must(qv_layer_finish(layer, which, c.ordered ? order.data() : nullptr, bias.data()), "finish");
   }
+  if (c.smoothed) must(qv_layer_diagonal(layer, diagonal.data()), "diagonal");
+  qv_layer_watch(layer);
   std::vector<uint8_t> y(static_cast<size_t>(c.rows * c.n * size), 0xff);
   must(qv_linear(layer, c.rows, x.data(), y.data(), static_cast<int32_t>(c.dtype), 0.0f,
                  gate.data(), residual.data()),
        "linear");
+  double five[5];
+  qv_layer_seen(layer, five);
+  must(five[0] == static_cast<double>(c.rows) ? 0 : 6, "seen");
   std::fwrite(y.data(), 1, y.size(), stdout);
   qv_layer_free(layer);
 }
@@ -64,6 +70,7 @@ void run(const Case& c) {
 }  // namespace
 
 int main() {
+  must(qv_ready() ? 0 : 7, "ready");
   const int64_t count = read<int64_t>(1)[0];
   for (int64_t i = 0; i < count; ++i) run(read<Case>(1)[0]);
   std::fprintf(stderr, "%s: %lld cases\n", qv_name(), static_cast<long long>(count));

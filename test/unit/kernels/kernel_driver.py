@@ -13,7 +13,8 @@ from quantvla_ros.kernels.cpu import build
 from quantvla_ros.kernels.layer import ACTIVATION_CODES, DTYPES
 
 HERE = Path(__file__).parent
-SHAPES = [(1, 16, 64), (5, 33, 9), (13, 70, 130), (4, 5, 256), (6, 130, 384), (22, 17, 128)]
+SHAPES = [(1, 16, 64), (5, 33, 9), (13, 70, 130), (4, 5, 256), (6, 130, 384), (22, 17, 128),
+          (40, 66, 1152)]
 
 
 def compile_driver(path, cxx, output, extra=()):
@@ -45,18 +46,22 @@ def generate():
         order = torch.randperm(n)
         bias, gate = torch.randn(n), torch.randn(n)
         x, residual = torch.randn(rows, k).to(dtype), torch.randn(rows, n).to(dtype)
+        diagonal = torch.rand(k) + 0.5 if index % 3 else None
         whole = weights.MixedWeight((weight,), order) if ordered else weight
         expected = reference.linear(
-            x, whole, bias, act_bits=act_bits, hadamard=hadamard, activation=activation,
+            x, whole, bias, act_bits=act_bits, hadamard=hadamard, diagonal=diagonal,
+            activation=activation,
             up=weight if gated else None, up_bias=bias if gated else None, gate=gate,
             residual=residual)
         head = np.array([rows, n, k, bits, group, act_bits, hadamard,
                          ACTIVATION_CODES[activation], gated, 1 + index % 2, DTYPES[dtype],
                          weight.data.numel() * weight.data.element_size(),
-                         weight.scales.numel(), ordered], dtype=np.int64)
+                         weight.scales.numel(), ordered, diagonal is not None], dtype=np.int64)
         parts = [head.tobytes(), _bytes(weight.data), _bytes(weight.scales),
                  _bytes(order) if ordered else b'']
-        parts += [_bytes(t) for t in (bias, gate, x, residual)]
+        parts += [_bytes(t) for t in (bias, gate)]
+        parts += [b'' if diagonal is None else _bytes(diagonal)]
+        parts += [_bytes(t) for t in (x, residual)]
         bound = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
         made.append((b''.join(parts), expected, bound))
     return made

@@ -89,6 +89,8 @@ def test_the_description_names_the_path_and_why_not_the_others(fresh):
     (dict(act_bits=6), 'act_bits is 6'),
     (dict(hadamard=32), 'hadamard is 32'),
     (dict(activation='relu'), 'silu, gelu_tanh'),
+    (dict(diagonal=torch.ones(63)), 'diagonal has shape'),
+    (dict(diagonal=torch.full((64,), torch.inf)), 'finite'),
     (dict(bias=torch.zeros(9)), 'bias has shape'),
     (dict(up=packed(9, 64, 4)), 'up has shape'),
     (dict(up_bias=torch.zeros(8)), 'without up'),
@@ -96,6 +98,23 @@ def test_the_description_names_the_path_and_why_not_the_others(fresh):
 def test_a_layer_that_no_kernel_serves_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         dispatch.prepare(packed(8, 64, 4), **options)
+
+
+@pytest.mark.parametrize('cores, threads', [(1, 1), (2, 2), (4, 3), (64, 16)])
+def test_one_core_is_left_to_the_control_timer_where_there_are_more_than_two(
+    monkeypatch, cores, threads
+):
+    monkeypatch.setattr(native.os, 'sched_getaffinity', lambda pid: set(range(cores)))
+    assert native.default_threads() == threads
+
+
+def test_the_number_of_threads_is_a_parameter_with_bounds():
+    before = dispatch.threads()
+    dispatch.set_threads(3)
+    assert dispatch.threads() == 3 or dispatch.library() is None
+    with pytest.raises(ValueError, match='threads is 0'):
+        dispatch.set_threads(0)
+    dispatch.set_threads(before)
 
 
 def test_a_compiled_graph_holds_the_layer_as_one_operator():

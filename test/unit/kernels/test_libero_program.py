@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from kernel_cases import far
+from kernel_cases import far, packed
 from torch import nn
 
 from quantvla_ros.kernels import dispatch, weights
@@ -21,7 +21,10 @@ STEPS = 3
 
 def eight_bits(name, linear):
     del name
-    w = linear.weight.detach()
+    return eight_bits_of(linear.weight.detach())
+
+
+def eight_bits_of(w):
     if min(w.shape) < 16:
         return weights.keep(w)
     scales = w.abs().amax(1) / 127
@@ -42,9 +45,9 @@ def mixed(name, linear):
 
 
 class Replaced(nn.Module):
-    def __init__(self, linear, weight):
+    def __init__(self, linear, weight, diagonal=None):
         super().__init__()
-        self.layer = dispatch.prepare(weight, linear.bias)
+        self.layer = dispatch.prepare(weight, linear.bias, diagonal=diagonal)
         self.weight = linear.weight
 
     def forward(self, x):
@@ -98,6 +101,37 @@ def test_the_program_equals_the_network_on_the_same_integers(net, weight_of):
     # equal but for values near a tie, which a norm summed in another order may round apart
     assert far(y, truth) < 0.01
     assert far(y, plain(net, *given)) < 0.05 and far(truth, given[3]) > 0.2
+
+
+@pytest.mark.parametrize('shared', ['one for each input', 'one for each layer'])
+def test_smoothed_layers_are_recorded_whatever_they_share(net, shared):
+    """gate and up, or q, k and v, with diagonals of their own are separate calls."""
+    replaced, parts = copy.deepcopy(net), {}
+    names = [n for n, m in net.named_modules() if isinstance(m, nn.Linear)]
+    for name in names:
+        linear = net.get_submodule(name)
+        k = linear.in_features
+        torch.manual_seed(k if shared == 'one for each input' else len(name) + k)
+        diagonal = torch.rand(k) + 0.5
+        w = linear.weight.detach() / diagonal
+        weight = eight_bits_of(w)
+        parts[linear] = Part(weight, linear.bias, diagonal=diagonal)
+        if name not in ('backbone.state', 'action.state', 'action.time_in', 'action.time_out'):
+            parent, _, child = name.rpartition('.')
+            owner = replaced.get_submodule(parent)
+            setattr(owner, child, Replaced(getattr(owner, child), weight, diagonal))
+    program, given = ChunkProgram(net, parts.__getitem__, STEPS), inputs()
+    y = chunk(program, given)
+    assert far(y, plain(replaced, *given)) < 0.01 and far(y, plain(net, *given)) < 0.05
+
+
+def test_static_scales_are_those_of_the_step_and_must_be_enough():
+    part = Part(packed(4, 64, 8), act_scales=torch.tensor([0.5, 0.25]))
+    assert [part.act_scale(0), part.act_scale(1)] == [0.5, 0.25]
+    assert Part(part.weight, act_scales=torch.tensor([2.0])).act_scale(None) == 2.0
+    for step in (None, 2):
+        with pytest.raises(ValueError, match='number of steps'):
+            part.act_scale(step)
 
 
 def test_a_second_observation_leaves_nothing_of_the_first(net):

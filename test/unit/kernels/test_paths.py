@@ -3,6 +3,7 @@
 
 import os
 import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_cases import EXACT, far, packed, shapes
 
 from quantvla_ros.kernels import reference, weights
-from quantvla_ros.kernels.layer import Options, make_native
+from quantvla_ros.kernels.layer import Options, ReferenceLayer, Seen, make_native
 
 GENERATED = settings(max_examples=30, deadline=None,
                      suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -54,7 +55,9 @@ def test_floats_agree_with_the_reference(library, shape, act_bits, data):
     up = packed(rows, columns, data.draw(st.sampled_from([4, 8])), group) if gated else None
     bias = torch.randn(rows)
     x = torch.randn(tokens, columns)
-    options = dict(act_bits=act_bits, hadamard=hadamard, activation=activation)
+    diagonal = torch.rand(columns) + 0.5 if data.draw(st.booleans()) else None
+    options = dict(act_bits=act_bits, hadamard=hadamard, activation=activation,
+                   diagonal=diagonal)
     call = dict(gate=torch.randn(rows), residual=torch.randn(tokens, rows))
     y = make(library, weight, bias, up, bias if gated else None, **options)(x, **call)
     truth = reference.linear(x, weight, bias, up=up, up_bias=bias if gated else None,
@@ -62,6 +65,24 @@ def test_floats_agree_with_the_reference(library, shape, act_bits, data):
     # relative to what was summed: cancellation between groups is no error of the kernel
     size = max(truth.abs().max().item(), call['residual'].abs().max().item())
     assert (y - truth).abs().max().item() <= 1e-6 * size
+
+
+@pytest.mark.parametrize('group', [0, 32, 64, 128])
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_blocks_of_many_tokens_and_long_rows_are_exact(library, bits, group):
+    """Cut in every way that a path knows: blocks, tall and flat tiles, pieces of the columns."""
+    columns = 2176 if not group else 1152
+    weight = packed(70, columns, bits, group)
+    whole = weights.pack(weights.unpack(weight), torch.ones(70, 1), bits)
+    for tokens in (16, 33, 97):
+        x = torch.randint(-7, 8, (tokens, columns)).float()
+        x[:, 0] = 7
+        sums = reference.accumulate(x.to(torch.int8), whole).sum(-1)
+        assert int(sums.abs().max()) < EXACT
+        y = make(library, whole, act_bits=4)(x, act_scale=1.0)
+        assert torch.equal(y.long(), sums)
+        y = make(library, weight, act_bits=4)(x, act_scale=1.0)
+        assert far(y, reference.linear(x, weight, act_bits=4, act_scale=1.0)) < 1e-6
 
 
 def test_rows_of_five_widths_come_from_one_call(library):
@@ -152,15 +173,49 @@ def test_a_wrong_call_is_refused_with_a_sentence(library, call, words):
         layer(**call)
 
 
-def test_two_threads_give_the_same_bits_as_one(library):
+@pytest.mark.parametrize('threads', [2, 5])  # five: more than this machine may have cores
+def test_several_threads_give_the_same_bits_as_one(library, threads):
     layer = make(library, packed(300, 256, 4, 128))
     for tokens in (1, 7, 130):
         x = torch.randn(tokens, 256)
         alone = layer(x)
-        library.qv_set_threads(2)
+        library.qv_set_threads(threads)
         together = [layer(x) for _ in range(5)]
         library.qv_set_threads(1)
         assert all(torch.equal(y, alone) for y in together)
+
+
+def test_threads_that_wait_for_a_call_cost_nothing(library):
+    library.qv_set_threads(3)
+    layer = make(library, packed(90, 128, 4))
+    layer(torch.randn(33, 128))
+    began = time.process_time()
+    time.sleep(0.1)
+    used = time.process_time() - began
+    library.qv_set_threads(1)
+    assert used < 0.02  # they spin for a moment first
+
+
+def test_a_watched_layer_tells_what_its_tokens_were(library):
+    diagonal = torch.linspace(0.5, 2.0, 128)
+    layers = [make(library, packed(20, 128, 4), diagonal=diagonal, hadamard=64),
+              ReferenceLayer(packed(20, 128, 4), None,
+                             Options(diagonal=diagonal, hadamard=64), None, None)]
+    x = torch.randn(9, 128)
+    x[4, 7] = torch.nan
+    for layer in layers:
+        layer(x)
+        assert layer.seen() == Seen()
+        layer.watch()
+        layer(x)
+        layer(x[:2], act_scale=0.001)
+    amax = reference.transform_tokens(x, diagonal, 64).abs().amax(-1)
+    amax = torch.cat([amax[amax.isfinite()], amax[:2]])
+    for seen in [layer.seen() for layer in layers]:
+        assert (seen.tokens, seen.broken, seen.clipped) == (10, 1, 2)
+        assert seen.largest == pytest.approx(float(amax.max()), rel=1e-6)
+        assert seen.mean == pytest.approx(float(amax.mean()), rel=1e-6)
+    assert all(layer.seen() == Seen() for layer in layers)
 
 
 def test_two_callers_take_turns(library):

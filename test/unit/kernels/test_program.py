@@ -76,7 +76,66 @@ def test_a_normed_layer_equals_norm_then_layer_but_for_ties():
     assert far(y, truth) < 1e-2 and near.float().mean() > 0.9
 
 
+def test_layers_that_quantize_the_same_tokens_share_that_and_others_do_not():
+    x, diagonal = torch.randn(9, 128), torch.rand(128) + 0.5
+    made = [dispatch.prepare(packed(20, 128, 4), diagonal=diagonal),
+            dispatch.prepare(packed(30, 128, 8), diagonal=diagonal.clone()),  # the same tokens
+            dispatch.prepare(packed(30, 128, 8)),  # no diagonal
+            dispatch.prepare(packed(30, 128, 8), act_bits=4),  # other bits
+            dispatch.prepare(packed(30, 128, 8, 64), act_bits=4)]  # other groups
+    whole = torch.empty(9, sum(layer.n for layer in made))
+    outs = whole.split([layer.n for layer in made], 1)
+    program = Program()
+    for layer, y in zip(made, outs, strict=True):
+        program.linear(layer, x, y)
+    program.run()
+    for layer, y in zip(made, outs, strict=True):
+        assert torch.equal(y, layer(x))
+
+
+def test_tokens_that_were_written_in_between_are_quantized_again():
+    first, second = (dispatch.prepare(packed(128, 128, 8)) for _ in range(2))
+    x, y = torch.randn(9, 128), torch.empty(9, 128)
+    truth = second(first(x))
+    program = Program()
+    program.linear(first, x, x)
+    program.linear(second, x, y)
+    program.run()
+    assert torch.equal(y, truth)
+
+
+def test_a_factor_multiplies_before_gate_and_residual(monkeypatch):
+    layer = dispatch.prepare(packed(70, 64, 8))
+    x, factor, gate = torch.randn(5, 64), torch.randn(5, 70), torch.randn(70)
+    residual, y = torch.randn(5, 70), torch.empty(5, 70)
+    program = Program()
+    program.linear(layer, x, y, factor=factor, gate=gate, residual=residual)
+    program.run()
+    assert far(y, layer(x) * factor * gate + residual) < 1e-6
+    native_y = y.clone()
+    program._library = None
+    program.run()
+    assert far(y, native_y) < 1e-6
+
+
+def test_gathered_keys_serve_several_attentions():
+    q = [torch.randn(5, 128) for _ in range(2)]
+    k, v, y, truth = (torch.randn(33, 64), torch.randn(33, 64), torch.empty(5, 128),
+                      torch.empty(5, 128))
+    cells = Program.cells(33, 1, 64)
+    gather = Program()
+    gather.gather(k, v, cells, kv_heads=1)
+    gather.run()
+    for queries in q:
+        for out, given in ((y, cells if cells.numel() else None), (truth, None)):
+            program = Program()
+            program.attention(queries, k, v, out, heads=2, kv_heads=1, cells=given)
+            program.run()
+        assert torch.equal(y, truth)
+
+
 @pytest.mark.parametrize('call, words', [
+    (dict(factor=torch.zeros(4, 40)[:, :20]), 'row distance'),
     (dict(x=torch.zeros(4, 63)), 'x is'),
     (dict(x=torch.zeros(4, 64).half()), 'x is'),
     (dict(y=torch.zeros(5, 20)), 'rows'),
