@@ -26,17 +26,28 @@ PLAIN = ('instructions', 'joints', 'joint_names', 'stamps')
 
 @dataclass(frozen=True)
 class Frames:
-    """Observations, and a hash of everything in them."""
+    """Observations, a hash of everything in them, and the episode that each was seen in."""
 
     observations: tuple[Observation, ...]
     sha256: str
+    episodes: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.observations)
 
     def halves(self) -> tuple[tuple[Observation, ...], tuple[Observation, ...]]:
-        """Every second frame for calibration, the others to judge it by."""
-        return self.observations[::2], self.observations[1::2]
+        """Every second episode for calibration, the others to judge it by.
+
+        Frames of one episode look alike, so a split inside it would judge by what was seen. A
+        single episode is split all the same, every second frame.
+        """
+        kinds = self.episodes
+        if len(set(kinds)) == 1:
+            kinds = tuple(range(len(self)))
+        rank = {episode: i for i, episode in enumerate(dict.fromkeys(kinds))}
+        pairs = list(zip(kinds, self.observations, strict=True))
+        even, odd = ([o for e, o in pairs if rank[e] % 2 == half] for half in (0, 1))
+        return tuple(even), tuple(odd)
 
 
 def write_frames(path: Path, observations: Sequence[Observation]) -> None:
@@ -97,7 +108,12 @@ def read_frames(path: Path, limit: int = 0) -> Frames:
         part = arrays[name] if name == 'joint_names' else arrays[name][chosen]
         digest.update(f'{name} {part.dtype} {part.shape}'.encode())
         digest.update(np.ascontiguousarray(part).tobytes())
-    return Frames(tuple(_observation(arrays, cameras, int(i)) for i in chosen), digest.hexdigest())
+    episodes = np.cumsum(np.diff(arrays['stamps'], prepend=arrays['stamps'][0] + 1) <= 0)
+    return Frames(
+        tuple(_observation(arrays, cameras, int(i)) for i in chosen),
+        digest.hexdigest(),
+        tuple(episodes[chosen].tolist()),
+    )
 
 
 def _observation(arrays: dict[str, np.ndarray], cameras: list[str], i: int) -> Observation:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a weight matrix becomes codes: nearest, GPTQ, and the search of a clipping range.
+"""How a weight matrix becomes codes: nearest, GPTQ, clipping searches, refinement.
 
 Every function takes W (rows, k) in the frame in which it will be multiplied (after the input
 transform) and returns `Rounded`. Hessians are H = X^T X / n of activations in that same frame.
@@ -7,6 +7,7 @@ transform) and returns `Rounded`. Hessians are H = X^T X / n of activations in t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,13 +80,14 @@ def gptq(
     damp: float = 0.01,
     search: bool = True,
     act_order: bool = False,
+    scale: Tensor | None = None,
 ) -> Rounded:
     """Round column by column, moving each column's error onto the columns not yet rounded.
 
     w_j <- round(w_j); W_:,i <- W_:,i - (w_j - q_j) / U_jj * U_ji for i > j, with U from
     inverse_cholesky. Scales are fixed before (per row) or when a group begins (per group), from
     the weights as they are then. act_order rounds the inputs with the largest H_jj first (per
-    row only, since a group must stay together).
+    row only, since a group must stay together). scale: (rows, 1), the scales to round to.
     """
     if not isinstance(granularity, (PerRow, PerGroup)):
         raise ValueError(f'GPTQ rounds rows; {granularity} is not a granularity of rows')
@@ -108,7 +110,9 @@ def gptq(
         end = min(start + GPTQ_BLOCK, k)
         errors = torch.zeros(w.shape[0], end - start, dtype=torch.float64)
         for j in range(start, end):
-            if j % group == 0:
+            if scale is not None:
+                scales[:, 0] = scale[:, 0].double()
+            elif j % group == 0:
                 # weights of this group as compensated so far, those of later blocks included
                 span = _pending(w, errors, upper, start, j, end, j + group)
                 scales[:, j // group] = choose_scale(
@@ -134,7 +138,98 @@ def _pending(
     return torch.cat([w[:, first:end], late], 1)
 
 
+def gptq_searched(
+    weight: Tensor, hessian: Tensor, bits: int, clips: Sequence[float], *, damp: float = 0.01
+) -> Rounded:
+    """GPTQ at several clipping ratios; each row keeps the one that changes its output least.
+
+    The error is that under the whole Hessian after the rounding, not the squared error of the
+    weights before it, which clips too much once the later columns can make up for an error.
+    """
+    full = absmax_scale(weight.float(), bits, PerRow())
+    scale = torch.cat([full * clip for clip in clips])
+    many = weight.repeat(len(clips), 1)
+    found = gptq(many, hessian, bits, PerRow(), damp=damp, scale=scale)
+    errors = row_output_errors(many, found.dequantized(), hessian).view(len(clips), -1)
+    rows = errors.argmin(0) * len(weight) + torch.arange(len(weight))
+    return Rounded(found.codes[rows], found.scale[rows], PerRow())
+
+
+def refine(
+    weight: Tensor, rounded: Rounded, hessian: Tensor, bits: int, sweeps: int, damp: float = 0.01
+) -> Rounded:
+    """Lower the output error of rows further: scales by least squares, then codes one by one.
+
+    With R = (W - W_q) H the best value of code j, the others fixed, is q_j + R_j / (s H_jj); every
+    step lowers |x (W - W_q)^T|^2 or leaves it. One scale for each row only.
+    """
+    h = hessian.double() + damp * float(hessian.diagonal().mean()) * torch.eye(len(hessian))
+    w, codes, s = weight.double(), rounded.codes.double(), rounded.scale[:, 0].double()
+    limit, k = qmax(bits), w.shape[1]
+    for _ in range(sweeps):
+        s = _fitted_scale(w, codes, s, h)
+        residual = (w - codes * s[:, None]) @ h
+        for start in range(0, k, GPTQ_BLOCK):
+            part = slice(start, min(start + GPTQ_BLOCK, k))
+            r, own = residual[:, part].clone(), h[part, part]
+            old = codes[:, part].clone()
+            for j in range(own.shape[0]):
+                wanted = codes[:, start + j] + r[:, j] / (own[j, j] * s)
+                code = wanted.round().clamp(-limit, limit)
+                r -= torch.outer((code - codes[:, start + j]) * s, own[j])
+                codes[:, start + j] = code
+            residual -= ((codes[:, part] - old) * s[:, None]) @ h[part]
+    s = _fitted_scale(w, codes, s, h)
+    return Rounded(codes.to(torch.int8), s.float()[:, None], rounded.granularity)
+
+
+def _fitted_scale(w: Tensor, codes: Tensor, before: Tensor, h: Tensor) -> Tensor:
+    """Scale of each row with the least output error, <w, q> / <q, q> under H, where there is."""
+    product = codes @ h
+    power = (product * codes).sum(1)
+    fitted = (product * w).sum(1) / power.clamp_min(1e-300)
+    return torch.where((power > 0) & (fitted > 0), fitted, before)
+
+
+def shrunk(weight: Tensor, hessian: Tensor, noise: float, damp: float = 0.01) -> Tensor:
+    """The weight that reads rounded tokens best: argmin_V E |W x - V (x + n)|^2.
+
+    V = W H (H + noise I)^-1 with white n of variance `noise`; damp, a share of the mean diagonal
+    added to H, stands for what the calibration tokens did not show. Rounding tokens to 4 bits
+    drowns the directions in which they hardly move; reading those only adds noise.
+    """
+    h = hessian.double() + damp * float(hessian.diagonal().mean()) * torch.eye(len(hessian))
+    factor = torch.linalg.cholesky(h + noise * torch.eye(len(h)))
+    return torch.cholesky_solve(h @ weight.double().T, factor).T
+
+
+def expected_error(
+    weight: Tensor, hessian: Tensor, noise: float, bits: int, damp: float = 0.01
+) -> float:
+    """Squared output error to expect of GPTQ on rounded tokens, without rounding anything.
+
+    With H + noise I = L L^T from the last column up, GPTQ leaves s^2 / 12 sum_j L_jj^2 of a row of
+    scale s, and shrunk() leaves noise |W|^2 - noise^2 |L^-1 W^T|^2 of the noise.
+    """
+    w, k = weight.double(), len(hessian)
+    h = hessian.double() + damp * float(hessian.diagonal().mean()) * torch.eye(k)
+    factor = torch.linalg.cholesky((h + noise * torch.eye(k)).flip(0, 1))
+    error = 0.0
+    if bits < 16:
+        scale = w.abs().amax(1) / qmax(bits)
+        error = float(scale.pow(2).sum() / 12 * factor.diagonal().pow(2).sum())
+    if noise > 0:
+        read = torch.linalg.solve_triangular(factor, w.flip(1).T, upper=False)
+        error += noise * float(w.pow(2).sum() - noise * read.pow(2).sum())
+    return error
+
+
+def row_output_errors(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """E |x (w - w_q)|^2 of each row under the Hessian; (rows,) float64."""
+    d = (weight - rounded).double()
+    return ((d @ hessian.double()) * d).sum(1)
+
+
 def layer_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     """E |x (W - W_q)^T|^2 under the Hessian: the error the layer's outputs get from rounding."""
-    d = (weight - rounded).double()
-    return float(((d @ hessian.double()) * d).sum())
+    return float(row_output_errors(weight, rounded, hessian).sum())

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantvla_ros.quant.pack import absmax_scale
-from quantvla_ros.quant.rounding import gptq, layer_error, round_nearest
+from quantvla_ros.quant.rounding import (
+    expected_error,
+    gptq,
+    gptq_searched,
+    layer_error,
+    refine,
+    round_nearest,
+    row_output_errors,
+    shrunk,
+)
 from quantvla_ros.quant.scheme import PerGroup, PerRow, PerTensor, qmax
 
 
@@ -81,6 +90,64 @@ def test_an_input_that_never_fires_is_rounded_to_nearest():
     rounded = gptq(w, h, 4, PerRow(), search=False)
     scale = absmax_scale(w.float(), 4, PerRow())[:, 0]
     assert torch.equal(rounded.codes[:, 5].float(), (w[:, 5].float() / scale).round())
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10_000), bits=st.sampled_from([3, 4, 8]))
+def test_refinement_never_raises_the_error_of_a_row(seed, bits):
+    w, h = problem(seed, 5, 40, tokens=256)
+    first = gptq(w, h, bits, PerRow(), search=False)
+    better = refine(w, first, h, bits, sweeps=2, damp=0.0)
+    before, after = (row_output_errors(w, r.dequantized(), h) for r in (first, better))
+    assert bool((after <= before * (1 + 1e-5)).all())
+    assert int(better.codes.abs().max()) <= qmax(bits)
+
+
+def test_refinement_finds_codes_and_scales_that_gptq_missed(monkeypatch):
+    w, h = problem(4, 16, 64, tokens=256)
+    first = gptq(w, h, 3, PerRow(), search=False)
+    better = refine(w, first, h, 3, sweeps=2)
+    assert layer_error(w, better.dequantized(), h) < 0.9 * layer_error(w, first.dequantized(), h)
+    monkeypatch.setattr('quantvla_ros.quant.rounding.GPTQ_BLOCK', 16)
+    assert float((refine(w, first, h, 3, sweeps=2).codes == better.codes).float().mean()) > 0.99
+
+
+def test_each_row_keeps_the_clip_with_the_least_output_error():
+    w, h = problem(5, 12, 64, tokens=256)
+    w[:6, 3] *= 6  # an outlier that is worth clipping or not
+    clips = (1.0, 0.8, 0.6)
+    alone = torch.stack([
+        row_output_errors(w, gptq_searched(w, h, 3, [clip]).dequantized(), h) for clip in clips
+    ])
+    found = row_output_errors(w, gptq_searched(w, h, 3, clips).dequantized(), h)
+    torch.testing.assert_close(found, alone.amin(0))
+    assert len(set(alone.argmin(0).tolist())) > 1
+
+
+def test_the_shrunk_weight_reads_noisy_tokens_better_than_the_true_one():
+    w, h = problem(6, 8, 32, tokens=4000)
+    g = torch.Generator().manual_seed(1)
+    root = torch.linalg.cholesky(h + 1e-9 * torch.eye(32))
+    x = torch.randn(20_000, 32, generator=g, dtype=torch.float64) @ root.T
+    noise = 0.3 * float(h.diagonal().mean())
+    z = x + noise**0.5 * torch.randn(x.shape, generator=g, dtype=torch.float64)
+    best = shrunk(w, h, noise, damp=0.0)
+    errors = [float((x @ w.T - z @ v.T).pow(2).sum(1).mean()) for v in (w, best, 0.9 * best)]
+    assert errors[1] < 0.9 * errors[0] and errors[1] < errors[2]
+    expected = expected_error(w, h, noise, 16, damp=0.0)
+    assert errors[1] == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_the_expected_error_is_near_what_gptq_leaves(bits):
+    w, h = problem(7, 32, 64, tokens=1000)
+    found = layer_error(w, gptq(w, h, bits, PerRow(), search=False, damp=0).dequantized(), h)
+    assert found == pytest.approx(expected_error(w, h, 0.0, bits, damp=0.0), rel=0.25)
+
+
+def test_tokens_without_noise_leave_the_weight_as_it_is():
+    w, h = problem(8, 4, 16)
+    torch.testing.assert_close(shrunk(w, h, 0.0), w)
 
 
 @pytest.mark.parametrize(
