@@ -21,7 +21,7 @@ import torch
 from quantvla_ros.bench import recipes_report as report
 from quantvla_ros.bench.recipes_cells import Cells, Key, Row, fingerprint
 from quantvla_ros.bench.recipes_subject import FLOOR, Subject
-from quantvla_ros.calibration.frames_file import Frames, read_frames
+from quantvla_ros.calibration.frames_file import Frames, read_all
 from quantvla_ros.calibration.stress import channel_peaks
 from quantvla_ros.calibration.stress_twin import stress
 from quantvla_ros.contract import load_contract
@@ -35,6 +35,11 @@ from quantvla_ros.quant.scheme import parse_scheme
 from quantvla_ros.resources import share_path
 
 PRECISIONS = 'w8a8,w4a8,w4a4,w3a4,w3a3'
+MATRICES = {
+    'mean_mrad': 'Mean joint difference to float, mrad',
+    'few_mrad': 'The same at 2 denoising steps, against float at 2 steps, mrad',
+    'nbytes': 'Bytes of all linear layers, MB',
+}
 TWIN_FRAMES = 16  # that tell which channels of the twin shall stand out
 
 
@@ -42,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `quantvla bench recipes`."""
     add = parser.add_argument
     add('--model', default='', help='checkpoint folder; default: the shipped one')
-    add('--frames', type=Path, required=True, help='frames file made by `quantvla frames`')
+    add('--frames', type=Path, required=True, nargs='+',
+        help='files made by `quantvla frames`')
     add('--limit', type=int, default=128,
         help='frames to use: every second episode calibrates, the others judge')
     add('--precisions', default=PRECISIONS, help=f'default: {PRECISIONS}')
@@ -157,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
         parse_scheme(precision)
     names, cells, redo = models(args), list(plan(args)), set(args.redo.split(','))
     success = report.read_success(args.eval)
-    frames = read_frames(args.frames, args.limit)
+    frames = read_all(args.frames, args.limit)
     done = Cells(args.json, settings_of(args, frames))
     shown: list[Key] = []
 
@@ -180,6 +186,8 @@ def run(args: argparse.Namespace) -> int:
                 if done.find(key, cell.made_by) is None or cell.recipe in redo:
                     one = one or subject(args, frames, name)
                     add(cell.measure(one))
-    print()
-    print(report.table([asdict(done.rows[key]) for key in shown], success))
+    rows = [asdict(done.rows[key]) for key in shown]
+    print('\n' + report.table(rows, success))
+    for column, title in MATRICES.items():
+        print(f'{title}\n\n{report.matrix(rows, column, floats=column == "mean_mrad")}')
     return 0

@@ -42,12 +42,27 @@ class Frames:
         single episode is split all the same, every second frame.
         """
         kinds = self.episodes
-        if len(set(kinds)) == 1:
+        if len({episode % 2 for episode in kinds}) == 1:
             kinds = tuple(range(len(self)))
-        rank = {episode: i for i, episode in enumerate(dict.fromkeys(kinds))}
         pairs = list(zip(kinds, self.observations, strict=True))
-        even, odd = ([o for e, o in pairs if rank[e] % 2 == half] for half in (0, 1))
+        even, odd = ([o for e, o in pairs if e % 2 == half] for half in (0, 1))
         return tuple(even), tuple(odd)
+
+
+def read_all(paths: Sequence[Path], limit: int = 0) -> Frames:
+    """Read several files as one, each with its share of the limit; the order counts."""
+    share = -(-limit // len(paths))
+    parts = [read_frames(path, share) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    episodes: list[int] = []
+    for part in parts:
+        first = max(episodes, default=-1) + 1
+        first += first % 2  # so that an episode calibrates or judges whatever stands before it
+        episodes += [first + episode for episode in part.episodes]
+    together = hashlib.sha256(''.join(part.sha256 for part in parts).encode()).hexdigest()
+    observations = [o for part in parts for o in part.observations]
+    return Frames(tuple(observations), together, tuple(episodes))
 
 
 def write_frames(path: Path, observations: Sequence[Observation]) -> None:
@@ -108,7 +123,8 @@ def read_frames(path: Path, limit: int = 0) -> Frames:
         part = arrays[name] if name == 'joint_names' else arrays[name][chosen]
         digest.update(f'{name} {part.dtype} {part.shape}'.encode())
         digest.update(np.ascontiguousarray(part).tobytes())
-    episodes = np.cumsum(np.diff(arrays['stamps'], prepend=arrays['stamps'][0] + 1) <= 0)
+    again = np.diff(arrays['stamps'], prepend=arrays['stamps'][0] - 1) <= 0
+    episodes = np.cumsum(again)
     return Frames(
         tuple(_observation(arrays, cameras, int(i)) for i in chosen),
         digest.hexdigest(),

@@ -71,10 +71,14 @@ def read_quantized(
         net = LiberoVlaNet(checkpoint.config)
     sites = libero_vla_sites(net)
     artifact = read_artifact(folder, checkpoint.sha256, sites)
-    record = device == 'cpu' and recordable(artifact.layers)
+    once = {site.name for site in sites.in_groups(['modulation'])}  # run at load, recorded never
+    running = {name: layer for name, layer in artifact.layers.items() if name not in once}
+    at_load = {name: layer for name, layer in artifact.layers.items() if name in once}
+    record = device == 'cpu' and recordable(running)
     make: Make = simulate if device != 'cpu' else Stored if record else QuantLinear
     try:
-        replace_linears(net, artifact.layers, make)
+        replace_linears(net, running, make)
+        replace_linears(net, at_load, simulate if device != 'cpu' else QuantLinear)
     except (ValueError, AttributeError) as error:
         raise ArtifactError(f'{folder}: {error}') from error
     _fill(net, path)

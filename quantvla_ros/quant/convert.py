@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from quantvla_ros.quant.convert_layer import quantize_linear
+from quantvla_ros.quant.convert_layer import layer_scheme as layer_scheme
+from quantvla_ros.quant.convert_layer import quantize_linear, quantize_stacked
 from quantvla_ros.quant.fit import fit_transform
 from quantvla_ros.quant.jacobian import Loss, RowErrors, gradients, row_errors
 from quantvla_ros.quant.layout import Layout, lay_out, override, raise_inputs, sensitive_sites
@@ -25,7 +26,6 @@ from quantvla_ros.quant.recipes import QvlaBits, Recipe
 from quantvla_ros.quant.scheme import Scheme
 from quantvla_ros.quant.sites import ACTION, PolicySites
 from quantvla_ros.quant.spend import WIDTHS, spend_bytes
-from quantvla_ros.quant.transforms import InputTransform
 
 Progress = Callable[[str, int, int], None]  # layer, how many are done, how many there are
 Losses = Callable[[], Iterable[Loss]]  # random directions of the action, as jacobian.py wants them
@@ -38,8 +38,7 @@ def recipe_layout(recipe: Recipe, sites: PolicySites, precision: Scheme) -> Layo
     layout = lay_out(sites, recipe.groups, precision)
     if recipe.raise_sensitive:
         layout = raise_inputs(layout, sensitive_sites(sites))
-    stored = {site.name: STORED for site in sites.in_groups(recipe.stored)}
-    return override(layout, stored)
+    return layout
 
 
 def block_order(sites: PolicySites, layout: Layout) -> Iterator[tuple[str, Sequence[str]]]:
@@ -83,11 +82,13 @@ def _felt(
     known: Known | None,
 ) -> Mapping[str, Mapping[int, torch.Tensor]]:
     """Return the errors of rows that a recipe asks for, by layer and width."""
-    if not recipe.needs_gradients:
+    if not recipe.needs_gradients and recipe.spend is None:
         return {}
     if known is not None:
         return {name: known.errors[name] for name in names}
     if losses is None:
+        if not recipe.needs_gradients:
+            return {}
         raise ValueError(f'recipe {recipe.name!r} needs gradients of the action')
     rounding = recipe.rounding
     widths = rounding.widths if isinstance(rounding, QvlaBits) else WIDTHS
@@ -105,18 +106,43 @@ def _row_bits(
     return assign_rows(errors, columns, recipe.rounding.widths, precision.weight_bits)
 
 
-def _shared_transforms(
-    net: nn.Module, recipe: Recipe, layout: Layout, seen: Mapping[str, InputStatistics]
-) -> dict[str, InputTransform]:
-    """Fit one transform for all layers that read the same input, by layer."""
-    found: dict[str, InputTransform] = {}
-    for group in same_inputs(seen) if recipe.shared else ():
-        for bits in {layout[name].act_bits for name in group}:
-            names = [name for name in group if layout[name].act_bits == bits]
-            stacked = torch.cat([_linear(net, name).weight.cpu().float() for name in names])
-            fit = fit_transform(recipe, stacked, seen[names[0]], layout[names[0]])
-            found.update(dict.fromkeys(names, fit.transform))
-    return found
+def _shared(
+    net: nn.Module, sites: PolicySites, recipe: Recipe, layout: Layout,
+    seen: Mapping[str, InputStatistics],
+) -> Iterator[tuple[list[str], list[QuantizedLayer]]]:
+    """Quantize together, through one transform, the layers that read the same input."""
+    for group in same_inputs(seen):
+        weights = {name: _linear(net, name).weight.cpu().float() for name in group}
+        stats, found = seen[group[0]], {}
+        for name in group:
+            bits = layout[name].act_bits
+            if bits not in found:
+                alike = [weights[n] for n in group if layout[n].act_bits == bits]
+                found[bits] = fit_transform(recipe, torch.cat(alike), stats, layout[name])
+        for scheme in dict.fromkeys(layout[name] for name in group):
+            names = [name for name in group if layout[name] == scheme]
+            yield names, quantize_stacked(
+                recipe, [weights[n] for n in names], [_bias(net, n) for n in names], stats,
+                scheme, transform=found[scheme.act_bits].transform,
+                in_action_head=sites.linear(names[0]).group in ACTION,
+            )
+
+
+def _single(
+    net: nn.Module, sites: PolicySites, recipe: Recipe, layout: Layout,
+    seen: Mapping[str, InputStatistics], rows: Mapping[str, list[int]],
+) -> Iterator[tuple[list[str], list[QuantizedLayer]]]:
+    """Quantize each layer by itself."""
+    for name, stats in seen.items():
+        yield [name], [quantize_linear(
+            recipe, _linear(net, name).weight.cpu(), _bias(net, name), stats, layout[name],
+            in_action_head=sites.linear(name).group in ACTION, row_bits=rows.get(name),
+        )]
+
+
+def _bias(net: nn.Module, name: str) -> torch.Tensor | None:
+    bias = _linear(net, name).bias
+    return None if bias is None else bias.cpu()
 
 
 def _linear(net: nn.Module, name: str) -> nn.Linear:
@@ -137,6 +163,10 @@ def _seen(
             'calibrate with frames that use every part of the policy'
         )
     return {name: found[name].to('cpu') for name in block}
+
+
+def _unseen(sites: PolicySites, names: Sequence[str]) -> dict[str, InputStatistics]:
+    return {name: InputStatistics(sites.linear(name).in_features) for name in names}
 
 
 @torch.no_grad()
@@ -161,39 +191,33 @@ def quantize_net(
     when a recipe needs losses and has none.
     """
     layout = recipe_layout(recipe, sites, precision)
-    once = [site.name for site in sites.in_groups(recipe.stored)]
-    order = [(block, [n for n in names if n not in once]) for block, names in
-             block_order(sites, layout)]
+    order = list(block_order(sites, layout))
     names = [name for _, names in order for name in names]
     errors = _felt(net, names, recipe, losses, known)
     rows = _row_bits(net, recipe, precision, errors)
-    if recipe.spend is not None:
+    once: list[str] = []
+    if recipe.spend is not None and errors:
+        once = [site.name for site in sites.in_groups(recipe.spend.stored)]
+        layout = override(layout, dict.fromkeys(once, STORED))
         layout = spend_bytes(sites, layout, errors, precision, recipe.spend.budget_mb)
     done: dict[str, QuantizedLayer] = {}
 
-    def quantize(block: Sequence[str], seen: Mapping[str, InputStatistics], how: Recipe) -> None:
-        transforms = _shared_transforms(net, how, layout, seen)
-        fresh = {}
-        for name in block:
-            linear = _linear(net, name)
-            fresh[name] = quantize_linear(
-                how,
-                linear.weight.cpu(),
-                None if linear.bias is None else linear.bias.cpu(),
-                seen[name],
-                layout[name],
-                in_action_head=sites.linear(name).group in ACTION,
-                row_bits=rows.get(name),
-                transform=transforms.get(name),
-            )
+    def take(found: Iterator[tuple[list[str], list[QuantizedLayer]]]) -> None:
+        fresh: dict[str, QuantizedLayer] = {}
+        for group, layers in found:
+            fresh.update(zip(group, layers, strict=True))
             if progress is not None:
-                progress(name, len(done) + len(fresh), len(names) + len(once))
+                progress(group[-1], len(done) + len(fresh), len(names) + len(once))
         device = next(iter(net.parameters())).device
         replace_linears(net, fresh, make)
         net.to(device)
         done.update(fresh)
 
-    for _, block in order if blockwise and known is None else [('', names)]:
-        quantize(block, _seen(net, block, run, known), recipe)
-    quantize(once, {n: InputStatistics(sites.linear(n).in_features) for n in once}, ROUNDED)
+    for block in [names] if known or not blockwise else [list(block) for _, block in order]:
+        seen = _seen(net, block, run, known)
+        if recipe.shared:
+            take(_shared(net, sites, recipe, layout, seen))
+        else:
+            take(_single(net, sites, recipe, layout, seen, rows))
+    take(_single(net, sites, ROUNDED, layout, _unseen(sites, once), {}))
     return done

@@ -7,10 +7,12 @@ Works on a weight and on what was seen to enter it; knows no network and runs no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from quantvla_ros.kernels.weights import PackedWeight
 from quantvla_ros.quant.fit import (
     Fit,
     clipped_scale,
@@ -29,7 +31,6 @@ from quantvla_ros.quant.rounding import (
     gptq_searched,
     refine,
     round_nearest,
-    shrunk,
 )
 from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, Scheme
 from quantvla_ros.quant.transforms import InputTransform
@@ -67,7 +68,6 @@ def _gptq(
     hessian = fit.transform.gram(seen.hessian)
     noise = token_noise(fit.transform, seen, scheme) if how.noisy else 0.0
     if noise > 0:
-        weight = shrunk(weight, hessian, noise, how.damp)
         hessian = hessian + noise * torch.eye(len(hessian))
     if how.clips and isinstance(granularity, PerRow):
         rounded = gptq_searched(weight, hessian, bits, how.clips, damp=how.damp)
@@ -116,3 +116,34 @@ def quantize_linear(
         fit.transform,
         scales,
     )
+
+
+def quantize_stacked(
+    recipe: Recipe,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    seen: InputStatistics,
+    scheme: Scheme,
+    *,
+    transform: InputTransform,
+    in_action_head: bool = False,
+) -> list[QuantizedLayer]:
+    """Quantize layers that read the same input through one transform; the same as one by one.
+
+    Rows do not know of each other, so that the stacked rows cost one factored Hessian.
+    """
+    whole = quantize_linear(recipe, torch.cat(list(weights)), None, seen, scheme,
+                            in_action_head=in_action_head, transform=transform)
+    assert isinstance(whole.weight, PackedWeight)
+    layers, first = [], 0
+    for weight, bias in zip(weights, biases, strict=True):
+        rows = slice(first, first + len(weight))
+        first = rows.stop
+        part = replace(
+            whole.weight, shape=(weight.shape[0], weight.shape[1]),
+            data=whole.weight.data[rows].clone(),
+            scales=whole.weight.scales[rows].clone(),
+        )
+        kept = None if bias is None else bias.float()
+        layers.append(replace(whole, weight=part, bias=kept))
+    return layers

@@ -54,7 +54,8 @@ def gradients(net: nn.Module, names: Iterable[str], loss: Loss) -> dict[str, lis
 
 def weight_gradient(pairs: Sequence[Pair]) -> Tensor:
     """d(r . A) / dW, (out, in): the sum of slope^T x over all calls."""
-    return torch.stack([slope.T @ x for x, slope in pairs]).sum(0)
+    x, slope = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return slope.T @ x
 
 
 Rounded = Callable[[Tensor, int], Tensor]  # the weight at a width

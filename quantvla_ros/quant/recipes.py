@@ -103,8 +103,8 @@ class Gptq:
 
     search: clip each row where its squared error is least, instead of absmax. clips: instead,
     ratios of absmax of which each row keeps the one with the least output error after the
-    rounding. noisy: round for rounded tokens, H + sigma^2 I with sigma^2 the mean of scale^2 / 12,
-    and the weight shrunk to what they still tell. sweeps: passes over scales and codes afterwards.
+    rounding. noisy: H is that of rounded tokens, H + sigma^2 I with sigma^2 the mean of
+    scale^2 / 12. sweeps: passes over scales and codes afterwards.
     """
 
     damp: float = 0.01
@@ -129,9 +129,11 @@ class Spend:
 
     budget_mb: of all linear layers; 0 for what rounding every layer alike takes. Layers that read
     the same input share a width. Below the bytes of equal widths, layers may go to 2 bits.
+    stored: groups that run once at load, whose weights alone go to 8 bits; that saves bytes.
     """
 
     budget_mb: float = 0.0
+    stored: tuple[str, ...] = ('modulation',)
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,8 @@ class Recipe:
     of weights; action_rounding overrides it in the action head. act: granularity of activations.
     group: weights that share a scale, 0 for a scale per row. raise_sensitive: inputs of o and
     down projections one width higher. shared: layers that read the same input get one transform,
-    so that it is rounded once. stored: groups that run once at load, whose weights alone go to 8
-    bits. spend: widths by action error. matching: fit alpha and beta of the action head.
+    so that it is rounded once. spend: widths by action error, where gradients can be asked; equal
+    widths elsewhere. matching: fit alpha and beta of the action head.
     takes, differs: what comes from the paper, and what is done otherwise and why.
     """
 
@@ -175,14 +177,13 @@ class Recipe:
     group: int = 0
     raise_sensitive: bool = False
     shared: bool = False
-    stored: tuple[str, ...] = ()
     spend: Spend | None = None
     matching: Matching | None = None
 
     @property
     def needs_gradients(self) -> bool:
         """Whether calibration must know what the action feels."""
-        return isinstance(self.rounding, QvlaBits) or self.spend is not None
+        return isinstance(self.rounding, QvlaBits)
 
     @property
     def needs_frames(self) -> bool:
@@ -301,7 +302,6 @@ _ALL = (
         rounding=Gptq(clips=(1.0, 0.85, 0.7), noisy=True, sweeps=2),
         raise_sensitive=True,
         shared=True,
-        stored=('modulation',),
         spend=Spend(),
     ),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantvla_ros.quant.pack import absmax_scale, dequantize, quantize, search_scale
 from quantvla_ros.quant.scheme import Granularity, PerGroup, PerRow, qmax
 
-GPTQ_BLOCK = 128  # columns whose error is propagated at once
+GPTQ_BLOCK = 64  # columns whose error is propagated at once
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,10 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     diagonal[dead] = mean
     diagonal += damp * mean
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True)
+    # H = R R^T with R upper, from the last column up; then H^-1 = R^-T R^-1 and U = R^-1
+    upper = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    eye = torch.eye(len(h), dtype=h.dtype)
+    return torch.linalg.solve_triangular(upper, eye, upper=True)
 
 
 def gptq(
@@ -100,42 +102,43 @@ def gptq(
     order = torch.arange(k)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    w = weight.double()[:, order].clone()
-    upper = inverse_cholesky(hessian[order][:, order], damp)
+    w = weight.double()[:, order].T.contiguous()  # (k, rows): a column of W is one run of memory
+    ordered = hessian[order][:, order] if act_order else hessian
+    upper = inverse_cholesky(ordered, damp)
     importance = hessian.diagonal()[order].float()
-    scales = torch.empty(w.shape[0], k // group, dtype=torch.float64)
+    scales = torch.empty(k // group, w.shape[1], dtype=torch.float64)
     codes = torch.empty_like(w)
     limit = qmax(bits)
     for start in range(0, k, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, k)
-        errors = torch.zeros(w.shape[0], end - start, dtype=torch.float64)
+        errors = torch.zeros(end - start, w.shape[1], dtype=torch.float64)
         for j in range(start, end):
             if scale is not None:
-                scales[:, 0] = scale[:, 0].double()
+                scales[0] = scale[:, 0].double()
             elif j % group == 0:
                 # weights of this group as compensated so far, those of later blocks included
-                span = _pending(w, errors, upper, start, j, end, j + group)
-                scales[:, j // group] = choose_scale(
+                span = _pending(w, errors, upper, start, j, end, j + group).T
+                scales[j // group] = choose_scale(
                     span.float(), bits, PerRow(), importance[j : j + group], search
                 )[:, 0].double()
-            s = scales[:, j // group]
-            codes[:, j] = (w[:, j] / s).round().clamp(-limit, limit)
-            errors[:, j - start] = (w[:, j] - codes[:, j] * s) / upper[j, j]
-            w[:, j + 1 : end] -= torch.outer(errors[:, j - start], upper[j, j + 1 : end])
-        w[:, end:] -= errors @ upper[start:end, end:]
+            s = scales[j // group]
+            codes[j] = (w[j] / s).round().clamp(-limit, limit)
+            errors[j - start] = (w[j] - codes[j] * s) / upper[j, j]
+            w[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j - start], alpha=-1)
+        w[end:] -= upper[start:end, end:].T @ errors
     back = torch.argsort(order)
-    return Rounded(codes[:, back].to(torch.int8), scales.float(), granularity)
+    return Rounded(codes[back].T.contiguous().to(torch.int8), scales.T.float(), granularity)
 
 
 def _pending(
     w: Tensor, errors: Tensor, upper: Tensor, start: int, first: int, end: int, last: int
 ) -> Tensor:
     """Columns first..last as GPTQ will see them: later blocks lack this block's errors so far."""
-    last = min(last, w.shape[1])
+    last = min(last, w.shape[0])
     if last <= end:
-        return w[:, first:last]
-    late = w[:, end:last] - errors[:, : first - start] @ upper[start:first, end:last]
-    return torch.cat([w[:, first:end], late], 1)
+        return w[first:last]
+    late = w[end:last] - upper[start:first, end:last].T @ errors[: first - start]
+    return torch.cat([w[first:end], late], 0)
 
 
 def gptq_searched(
@@ -164,21 +167,24 @@ def refine(
     step lowers |x (W - W_q)^T|^2 or leaves it. One scale for each row only.
     """
     h = hessian.double() + damp * float(hessian.diagonal().mean()) * torch.eye(len(hessian))
-    w, codes, s = weight.double(), rounded.codes.double(), rounded.scale[:, 0].double()
-    limit, k = qmax(bits), w.shape[1]
+    w, codes = weight.double(), rounded.codes.double()
+    s, limit, k = rounded.scale[:, 0].double(), qmax(bits), w.shape[1]
     for _ in range(sweeps):
         s = _fitted_scale(w, codes, s, h)
-        residual = (w - codes * s[:, None]) @ h
+        residual = ((w - codes * s[:, None]) @ h).T.contiguous()  # (k, rows), as in gptq
         for start in range(0, k, GPTQ_BLOCK):
             part = slice(start, min(start + GPTQ_BLOCK, k))
-            r, own = residual[:, part].clone(), h[part, part]
-            old = codes[:, part].clone()
-            for j in range(own.shape[0]):
-                wanted = codes[:, start + j] + r[:, j] / (own[j, j] * s)
-                code = wanted.round().clamp(-limit, limit)
-                r -= torch.outer((code - codes[:, start + j]) * s, own[j])
-                codes[:, start + j] = code
-            residual -= ((codes[:, part] - old) * s[:, None]) @ h[part]
+            r, own = residual[part], h[part, part]
+            old = codes[:, part].T.contiguous()
+            new = old.clone()
+            for j in range(len(own)):
+                code = (old[j] + r[j] / (own[j, j] * s)).round().clamp(-limit, limit)
+                r.addr_(own[j], (code - old[j]) * s, alpha=-1)
+                new[j] = code
+            moved = (new - old) * s
+            residual[: part.start] -= h[: part.start, part] @ moved
+            residual[part.stop :] -= h[part.stop :, part] @ moved
+            codes[:, part] = new.T
     s = _fitted_scale(w, codes, s, h)
     return Rounded(codes.to(torch.int8), s.float()[:, None], rounded.granularity)
 
@@ -191,36 +197,21 @@ def _fitted_scale(w: Tensor, codes: Tensor, before: Tensor, h: Tensor) -> Tensor
     return torch.where((power > 0) & (fitted > 0), fitted, before)
 
 
-def shrunk(weight: Tensor, hessian: Tensor, noise: float, damp: float = 0.01) -> Tensor:
-    """The weight that reads rounded tokens best: argmin_V E |W x - V (x + n)|^2.
-
-    V = W H (H + noise I)^-1 with white n of variance `noise`; damp, a share of the mean diagonal
-    added to H, stands for what the calibration tokens did not show. Rounding tokens to 4 bits
-    drowns the directions in which they hardly move; reading those only adds noise.
-    """
-    h = hessian.double() + damp * float(hessian.diagonal().mean()) * torch.eye(len(hessian))
-    factor = torch.linalg.cholesky(h + noise * torch.eye(len(h)))
-    return torch.cholesky_solve(h @ weight.double().T, factor).T
-
-
 def expected_error(
     weight: Tensor, hessian: Tensor, noise: float, bits: int, damp: float = 0.01
 ) -> float:
     """Squared output error to expect of GPTQ on rounded tokens, without rounding anything.
 
-    With H + noise I = L L^T from the last column up, GPTQ leaves s^2 / 12 sum_j L_jj^2 of a row of
-    scale s, and shrunk() leaves noise |W|^2 - noise^2 |L^-1 W^T|^2 of the noise.
+    Tokens x + n with white n of variance `noise` leave noise |W|^2. With H + noise I = L L^T from
+    the last column up, GPTQ leaves s^2 / 12 sum_j L_jj^2 of a row of scale s.
     """
     w, k = weight.double(), len(hessian)
-    h = hessian.double() + damp * float(hessian.diagonal().mean()) * torch.eye(k)
-    factor = torch.linalg.cholesky((h + noise * torch.eye(k)).flip(0, 1))
-    error = 0.0
+    error = noise * float(w.pow(2).sum())
     if bits < 16:
+        h = hessian.double() + (damp * float(hessian.diagonal().mean()) + noise) * torch.eye(k)
+        factor = torch.linalg.cholesky(h.flip(0, 1))
         scale = w.abs().amax(1) / qmax(bits)
-        error = float(scale.pow(2).sum() / 12 * factor.diagonal().pow(2).sum())
-    if noise > 0:
-        read = torch.linalg.solve_triangular(factor, w.flip(1).T, upper=False)
-        error += noise * float(w.pow(2).sum() - noise * read.pow(2).sum())
+        error += float(scale.pow(2).sum() / 12 * factor.diagonal().pow(2).sum())
     return error
 
 

@@ -36,6 +36,17 @@ def test_policy_and_twin_meet_the_same_recipes(rows, capsys):
     assert '**twin**' in capsys.readouterr().out
 
 
+def test_a_second_run_measures_only_what_is_missing(rows, capsys):
+    first = rows('--precisions', 'w4a4', '--recipes', 'rtn', '--models', 'policy')
+    capsys.readouterr()
+    both = rows('--precisions', 'w4a4', '--recipes', 'rtn,smoothquant', '--models', 'policy')
+    assert [r for r in both if r['recipe'] != 'smoothquant'] == first
+    said = capsys.readouterr().out.split('**policy**')[0]
+    assert 'smoothquant' in said and 'rtn' not in said
+    rows('--precisions', 'w4a4', '--recipes', 'rtn', '--models', 'policy', '--redo', 'rtn')
+    assert 'rtn' in capsys.readouterr().out.split('**policy**')[0]
+
+
 def test_ablation_measures_every_layout(rows):
     found = rows('--ablation', 'w4a8', '--models', 'policy')
     errors = {r['recipe']: r['mean_mrad'] for r in found if r['precision'] == 'w4a8'}
