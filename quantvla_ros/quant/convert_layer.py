@@ -33,7 +33,7 @@ from quantvla_ros.quant.rounding import (
     round_nearest,
 )
 from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, Scheme
-from quantvla_ros.quant.transforms import InputTransform
+from quantvla_ros.quant.transforms import InputTransform, own_copy
 
 
 def layer_scheme(recipe: Recipe, scheme: Scheme, seen: InputStatistics) -> Scheme:
@@ -145,5 +145,5 @@ def quantize_stacked(
             scales=whole.weight.scales[rows].clone(),
         )
         kept = None if bias is None else bias.float()
-        layers.append(replace(whole, weight=part, bias=kept))
+        layers.append(replace(whole, weight=part, bias=kept, transform=own_copy(transform)))
     return layers

@@ -198,8 +198,12 @@ def test_layers_that_read_the_same_input_share_one_transform():
     recipe = replace(RECIPES['onboard'], raise_sensitive=False)
     layers = quantize_net(net, toy_sites(net), recipe, parse_scheme('w4a4'), runner(net),
                           losses=lambda: directions(net))
-    assert layers['blocks.0.up'].transform is layers['blocks.0.down_proj'].transform
-    assert layers['blocks.1.up'].transform is not layers['blocks.1.down_proj'].transform
+    one, two = (layers[f'blocks.0.{name}'].transform for name in ('up', 'down_proj'))
+    assert one.tensors().keys() == two.tensors().keys() and one.hadamards() == two.hadamards()
+    assert all(torch.equal(t, two.tensors()[name]) for name, t in one.tensors().items())
+    # each has its own tensors, so that a file can hold both
+    assert all(t.data_ptr() != two.tensors()[name].data_ptr() for name, t in one.tensors().items())
+    assert one.tensors() or one.hadamards() == [64]
 
 
 def test_layers_quantized_together_are_those_quantized_alone():
