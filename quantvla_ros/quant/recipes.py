@@ -284,12 +284,11 @@ _ALL = (
         takes='Smoothing, one Hadamard of 64 fused with the quantization of each token, GPTQ '
         'with the Hessian of the transformed frame.',
         differs='Everything is quantized, action attention and vision included. Layers that read '
-        'the same input take one transform, the one with the least expected output error. GPTQ '
-        'rounds the weight that reads rounded tokens best; the clip of each row is chosen by its '
-        'output error after the rounding, and scales and codes are refined. Inputs of o and down '
-        'projections stay one width higher. Layers that run once at load are stored at 8 bits, '
-        'and what that saves widens the weights that the action feels most. Nothing that cannot '
-        'leave the integer sum.',
+        'the same input take one transform, the one with the least expected output error. The '
+        'Hessian holds the noise that rounding adds to tokens; rows are never clipped. Inputs of '
+        'o and down projections stay one width higher. Layers that run once at load are stored '
+        'at 8 bits, and what that saves widens the weights that the action feels most. Nothing '
+        'that cannot leave the integer sum.',
         transform=(
             Search((
                 (Hadamard(64),),
@@ -299,7 +298,7 @@ _ALL = (
                 (Smooth(0.5),),
             )),
         ),
-        rounding=Gptq(clips=(1.0, 0.85, 0.7), noisy=True, sweeps=2),
+        rounding=Gptq(search=False, noisy=True),
         raise_sensitive=True,
         shared=True,
         spend=Spend(),
