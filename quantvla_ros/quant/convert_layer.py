@@ -107,8 +107,8 @@ def quantize_linear(
     turned = fit.transform.weight(weight.float())
     rounded = _round(rounding, turned, fit, seen, scheme)
     scales = None
-    if isinstance(scheme.act, PerStep):
-        scales = static_scales(seen, fit.transform, scheme.act_bits)
+    if not isinstance(scheme.act, PerRow):
+        scales = static_scales(seen, fit.transform, scheme.act, scheme.act_bits)
     return QuantizedLayer(
         scheme,
         packed(rounded.codes, rounded.scale, scheme.weight_bits, scheme.weight),

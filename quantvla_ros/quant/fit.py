@@ -31,7 +31,7 @@ from quantvla_ros.quant.recipes import (
     TwoPointer,
 )
 from quantvla_ros.quant.rounding import expected_error, layer_error
-from quantvla_ros.quant.scheme import Granularity, Scheme, qmax
+from quantvla_ros.quant.scheme import Granularity, PerStep, Scheme, qmax
 from quantvla_ros.quant.transforms import (
     InputTransform,
     block_size,
@@ -202,12 +202,15 @@ def _learned(step: LearnedScale, frame: _Frame, scheme: Scheme) -> Fit:
 
 
 def static_scales(
-    seen: InputStatistics, transform: InputTransform, bits: int, percentile: float = 99.9
+    seen: InputStatistics, transform: InputTransform, act: Granularity, bits: int,
+    percentile: float = 99.9,
 ) -> Tensor:
-    """One activation scale for each denoising step from a percentile of magnitudes; (steps,)."""
+    """Scales from a percentile of magnitudes: one for each denoising step, (steps,), or (1,)."""
+    per_step = isinstance(act, PerStep)
+    samples = [seen.step_sample(step) for step in seen.steps] if per_step else [seen.sample()]
     scales = []
-    for step in seen.steps:
-        values = transform.activations(seen.step_sample(step)).abs().flatten()
+    for sample in samples:
+        values = transform.activations(sample).abs().flatten()
         rank = min(len(values), max(1, round(percentile / 100 * len(values))))
         scales.append(float(values.kthvalue(rank).values) / qmax(bits))
     return torch.tensor(scales, dtype=torch.float32)

@@ -15,7 +15,7 @@ from quantvla_ros.quant.linear import QuantLinear, denoising_step
 from quantvla_ros.quant.observe import InputStatistics, observe
 from quantvla_ros.quant.recipes import RECIPES, Gptq, Hadamard, Recipe, Search, Smooth
 from quantvla_ros.quant.rounding import gptq
-from quantvla_ros.quant.scheme import PerRow, PerStep, parse_scheme
+from quantvla_ros.quant.scheme import PerRow, PerStep, PerTensor, parse_scheme
 from quantvla_ros.quant.simulate import SimulatedLinear, round_tokens, simulate
 from quantvla_ros.quant.transforms import InputTransform
 
@@ -111,6 +111,17 @@ def test_steps_have_their_own_scale_only_inside_the_loop():
     outside = quantize_net(net, toy_sites(net), RECIPES['omega_qvla'], parse_scheme('w4a4'),
                            runner(net))
     assert not any(isinstance(layer.scheme.act, PerStep) for layer in outside.values())
+
+
+def test_a_static_scale_covers_the_percentile_of_all_tokens():
+    net = ToyNet()
+    recipe = replace(RECIPES['rtn'], act=PerTensor())
+    layers = quantize_net(net, toy_sites(net), recipe, parse_scheme('w8a8'), run_steps(net))
+    x = frames().flatten()
+    scale = layers['blocks.0.up'].act_scales
+    assert scale.shape == (1,)
+    assert float(scale) * 127 == pytest.approx(float(x.abs().quantile(0.999)), rel=0.05)
+    assert error(net) < 0.05
 
 
 def test_sensitive_inputs_stay_one_width_higher():
