@@ -27,6 +27,7 @@ from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.convert import Known
 from quantvla_ros.quant.layout import weight_bytes
 from quantvla_ros.quant.literal import LITERALS, put_literal
+from quantvla_ros.quant.observe import InputStatistics
 from quantvla_ros.quant.recipes import Recipe
 from quantvla_ros.quant.scheme import FLOAT, parse_scheme
 from quantvla_ros.quant.simulate import simulate
@@ -79,6 +80,12 @@ class Subject:
         """What one-pass recipes need."""
         return ask_policy(self.policy(), self.fitted, self.seed)
 
+    def needed(self, recipe: Recipe) -> Known:
+        """What one recipe needs to know; nothing of the frames where it does not look at them."""
+        if recipe.needs_frames:
+            return self.known
+        return Known({s.name: InputStatistics(s.in_features) for s in self.sites.linears}, {})
+
     def row(
         self, recipe: str, precision: str, found: np.ndarray, few: np.ndarray | None,
         nbytes: int, began: float, made_by: str,
@@ -112,7 +119,7 @@ class Subject:
         began, policy = time.monotonic(), self.policy()
         result = quantize_policy(
             policy, recipe, parse_scheme(precision), self.fitted, seed=self.seed,
-            known=None if blockwise else self.known, blockwise=blockwise, make=simulate,
+            known=None if blockwise else self.needed(recipe), blockwise=blockwise, make=simulate,
         )
         nbytes = self.linear_bytes({name: x.nbytes for name, x in result.layers.items()})
         return self._judged(policy, recipe.name, precision, nbytes, began, fingerprint(recipe))
