@@ -12,13 +12,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from quantvla_ros.quant.recipes import Recipe
-
 Key = tuple[str, str, str]  # model, recipe, precision
+WORDS = ('paper', 'takes', 'differs')  # of a recipe, that change nothing
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,20 @@ class Row:
 
 
 def fingerprint(what: object) -> str:
-    """Hash the fields of a recipe that change what it does; its words do not."""
-    if isinstance(what, Recipe):
-        what = replace(what, paper='', takes='', differs='')
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
+    """Hash what a recipe does: its fields that are not at their defaults, its words aside."""
+    return hashlib.sha256(_said(what).encode()).hexdigest()[:12]
+
+
+def _said(what: object) -> str:
+    """Like repr, but a field that has its default says nothing, as if it did not exist yet."""
+    if isinstance(what, tuple):
+        return f'({", ".join(map(_said, what))})'
+    if not is_dataclass(what) or isinstance(what, type):
+        return repr(what)
+    values = {f.name: getattr(what, f.name) for f in fields(what) if f.name not in WORDS}
+    plain = {f.name: f.default for f in fields(what)}
+    said = [f'{n}={_said(v)}' for n, v in values.items() if v != plain[n]]
+    return f'{type(what).__name__}({", ".join(said)})'
 
 
 class Cells:

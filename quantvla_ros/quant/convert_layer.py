@@ -29,7 +29,6 @@ from quantvla_ros.quant.rounding import (
     Rounded,
     gptq,
     gptq_searched,
-    refine,
     round_nearest,
 )
 from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, Scheme
@@ -70,13 +69,9 @@ def _gptq(
     if noise > 0:
         hessian = hessian + noise * torch.eye(len(hessian))
     if how.clips and isinstance(granularity, PerRow):
-        rounded = gptq_searched(weight, hessian, bits, how.clips, damp=how.damp)
-    else:
-        rounded = gptq(weight, hessian, bits, granularity, damp=how.damp,
-                       act_order=how.act_order, search=how.search)
-    if how.sweeps and isinstance(granularity, PerRow):
-        return refine(weight, rounded, hessian, bits, how.sweeps, how.damp)
-    return rounded
+        return gptq_searched(weight, hessian, bits, how.clips, damp=how.damp)
+    return gptq(weight, hessian, bits, granularity, damp=how.damp, act_order=how.act_order,
+                search=how.search)
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ class Gptq:
     search: clip each row where its squared error is least, instead of absmax. clips: instead,
     ratios of absmax of which each row keeps the one with the least output error after the
     rounding. noisy: H is that of rounded tokens, H + sigma^2 I with sigma^2 the mean of
-    scale^2 / 12. sweeps: passes over scales and codes afterwards.
+    scale^2 / 12.
     """
 
     damp: float = 0.01
@@ -112,7 +112,6 @@ class Gptq:
     search: bool = True
     clips: tuple[float, ...] = ()
     noisy: bool = False
-    sweeps: int = 0
 
 
 @dataclass(frozen=True)

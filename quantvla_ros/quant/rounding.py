@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a weight matrix becomes codes: nearest, GPTQ, clipping searches, refinement.
+"""How a weight matrix becomes codes: nearest, GPTQ, and the search of a clipping range.
 
 Every function takes W (rows, k) in the frame in which it will be multiplied (after the input
 transform) and returns `Rounded`. Hessians are H = X^T X / n of activations in that same frame.
@@ -156,45 +156,6 @@ def gptq_searched(
     errors = row_output_errors(many, found.dequantized(), hessian).view(len(clips), -1)
     rows = errors.argmin(0) * len(weight) + torch.arange(len(weight))
     return Rounded(found.codes[rows], found.scale[rows], PerRow())
-
-
-def refine(
-    weight: Tensor, rounded: Rounded, hessian: Tensor, bits: int, sweeps: int, damp: float = 0.01
-) -> Rounded:
-    """Lower the output error of rows further: scales by least squares, then codes one by one.
-
-    With R = (W - W_q) H the best value of code j, the others fixed, is q_j + R_j / (s H_jj); every
-    step lowers |x (W - W_q)^T|^2 or leaves it. One scale for each row only.
-    """
-    h = hessian.double() + damp * float(hessian.diagonal().mean()) * torch.eye(len(hessian))
-    w, codes = weight.double(), rounded.codes.double()
-    s, limit, k = rounded.scale[:, 0].double(), qmax(bits), w.shape[1]
-    for _ in range(sweeps):
-        s = _fitted_scale(w, codes, s, h)
-        residual = ((w - codes * s[:, None]) @ h).T.contiguous()  # (k, rows), as in gptq
-        for start in range(0, k, GPTQ_BLOCK):
-            part = slice(start, min(start + GPTQ_BLOCK, k))
-            r, own = residual[part], h[part, part]
-            old = codes[:, part].T.contiguous()
-            new = old.clone()
-            for j in range(len(own)):
-                code = (old[j] + r[j] / (own[j, j] * s)).round().clamp(-limit, limit)
-                r.addr_(own[j], (code - old[j]) * s, alpha=-1)
-                new[j] = code
-            moved = (new - old) * s
-            residual[: part.start] -= h[: part.start, part] @ moved
-            residual[part.stop :] -= h[part.stop :, part] @ moved
-            codes[:, part] = new.T
-    s = _fitted_scale(w, codes, s, h)
-    return Rounded(codes.to(torch.int8), s.float()[:, None], rounded.granularity)
-
-
-def _fitted_scale(w: Tensor, codes: Tensor, before: Tensor, h: Tensor) -> Tensor:
-    """Scale of each row with the least output error, <w, q> / <q, q> under H, where there is."""
-    product = codes @ h
-    power = (product * codes).sum(1)
-    fitted = (product * w).sum(1) / power.clamp_min(1e-300)
-    return torch.where((power > 0) & (fitted > 0), fitted, before)
 
 
 def expected_error(
