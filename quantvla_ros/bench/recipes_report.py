@@ -31,6 +31,43 @@ def read_success(paths: Sequence[Path]) -> dict[tuple[str, str], str]:
     return found
 
 
+def matrix(
+    rows: Sequence[Mapping[str, Any]], column: str, *, floats: bool = True
+) -> str:
+    """Markdown, one part for each model: recipes down, precisions across, one figure in a cell.
+
+    The least of the recipes that have bytes is marked in each column.
+    """
+    lines = []
+    for model in dict.fromkeys(row['model'] for row in rows):
+        mine = [row for row in rows if row['model'] == model]
+        across = list(dict.fromkeys(r['precision'] for r in mine if r['precision'] != 'float'))
+        lines += [f'**{model}**', '', _line(['recipe', *across]),
+                  _line(['---'] * (1 + len(across)))]
+        for row in mine:
+            if row['precision'] == 'float' and floats:
+                lines.append(_line([row['recipe'], *[f'{row[column]:.2f}'] * len(across)]))
+        for recipe in dict.fromkeys(r['recipe'] for r in mine if r['precision'] != 'float'):
+            cells = [_cell(mine, recipe, precision, column) for precision in across]
+            lines.append(_line([recipe, *cells]))
+        lines.append('')
+    return '\n'.join(lines)
+
+
+def _cell(
+    rows: Sequence[Mapping[str, Any]], recipe: str, precision: str, column: str
+) -> str:
+    here = [row for row in rows if row['precision'] == precision]
+    found = [row for row in here if row['recipe'] == recipe]
+    if not found:
+        return ''
+    value = found[0][column]
+    if column == 'nbytes':
+        return f'{value / 1e6:.2f}' if value else SIMULATED
+    best = found[0]['nbytes'] and value == min(row[column] for row in here if row['nbytes'])
+    return f'**{value:.2f}**' if best else f'{value:.2f}'
+
+
 def table(
     rows: Sequence[Mapping[str, Any]], success: Mapping[tuple[str, str], str] | None = None
 ) -> str:
@@ -38,7 +75,8 @@ def table(
     lines = []
     for model in dict.fromkeys(row['model'] for row in rows):
         mine = [row for row in rows if row['model'] == model]
-        head = ['recipe', 'precision', 'mean [mrad]', 'p95 [mrad]', 'gripper [%]', 'MB']
+        head = ['recipe', 'precision', 'mean [mrad]', 'p95 [mrad]', '2 steps [mrad]',
+                'gripper [%]', 'MB']
         if success:
             head.append('success')
         lines += [f'**{model}**', '', _line(head), _line(['---'] * len(head))]
@@ -54,6 +92,7 @@ def table(
                 row['precision'],
                 f'**{mean}**' if best else mean,
                 f'{row["p95_mrad"]:.2f}',
+                f'{row["few_mrad"]:.2f}' if row['few_mrad'] else '',
                 f'{100 * row["gripper"]:.2f}',
                 f'{row["nbytes"] / 1e6:.2f}' if row['nbytes'] else SIMULATED,
             ]

@@ -26,17 +26,43 @@ PLAIN = ('instructions', 'joints', 'joint_names', 'stamps')
 
 @dataclass(frozen=True)
 class Frames:
-    """Observations, and a hash of everything in them."""
+    """Observations, a hash of everything in them, and the episode that each was seen in."""
 
     observations: tuple[Observation, ...]
     sha256: str
+    episodes: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.observations)
 
     def halves(self) -> tuple[tuple[Observation, ...], tuple[Observation, ...]]:
-        """Every second frame for calibration, the others to judge it by."""
-        return self.observations[::2], self.observations[1::2]
+        """Every second episode for calibration, the others to judge it by.
+
+        Frames of one episode look alike, so a split inside it would judge by what was seen. A
+        single episode is split all the same, every second frame.
+        """
+        kinds = self.episodes
+        if len({episode % 2 for episode in kinds}) == 1:
+            kinds = tuple(range(len(self)))
+        pairs = list(zip(kinds, self.observations, strict=True))
+        even, odd = ([o for e, o in pairs if e % 2 == half] for half in (0, 1))
+        return tuple(even), tuple(odd)
+
+
+def read_all(paths: Sequence[Path], limit: int = 0) -> Frames:
+    """Read several files as one, each with its share of the limit; the order counts."""
+    share = -(-limit // len(paths))
+    parts = [read_frames(path, share) for path in paths]
+    if len(parts) == 1:
+        return parts[0]
+    episodes: list[int] = []
+    for part in parts:
+        first = max(episodes, default=-1) + 1
+        first += first % 2  # so that an episode calibrates or judges whatever stands before it
+        episodes += [first + episode for episode in part.episodes]
+    together = hashlib.sha256(''.join(part.sha256 for part in parts).encode()).hexdigest()
+    observations = [o for part in parts for o in part.observations]
+    return Frames(tuple(observations), together, tuple(episodes))
 
 
 def write_frames(path: Path, observations: Sequence[Observation]) -> None:
@@ -97,7 +123,13 @@ def read_frames(path: Path, limit: int = 0) -> Frames:
         part = arrays[name] if name == 'joint_names' else arrays[name][chosen]
         digest.update(f'{name} {part.dtype} {part.shape}'.encode())
         digest.update(np.ascontiguousarray(part).tobytes())
-    return Frames(tuple(_observation(arrays, cameras, int(i)) for i in chosen), digest.hexdigest())
+    again = np.diff(arrays['stamps'], prepend=arrays['stamps'][0] - 1) <= 0
+    episodes = np.cumsum(again)
+    return Frames(
+        tuple(_observation(arrays, cameras, int(i)) for i in chosen),
+        digest.hexdigest(),
+        tuple(episodes[chosen].tolist()),
+    )
 
 
 def _observation(arrays: dict[str, np.ndarray], cameras: list[str], i: int) -> Observation:

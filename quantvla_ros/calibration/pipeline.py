@@ -100,6 +100,7 @@ def quantize_policy(
         make=make,
         progress=progress,
     )
+    policy.tabulate(policy.net)
     if teacher is None or recipe.matching is None:
         return Result(layers, {})
     parts = batches(policy, observations, seed, MATCHING_BATCH)

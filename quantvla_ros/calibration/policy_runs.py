@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies import flow
-from quantvla_ros.policies.libero_panda import LiberoVla
+from quantvla_ros.policies.libero_panda import LiberoVla, Prepared
 from quantvla_ros.quant.jacobian import Loss
 from quantvla_ros.quant.linear import denoising_step
 
@@ -35,6 +35,40 @@ def chunks(
         seeds = range(seed + first, seed + first + len(part))
         found += [chunk.positions for chunk in policy.denoise_batch(prepared, list(seeds))]
     return np.stack(found)
+
+
+def chunks_by_stride(
+    policy: LiberoVla,
+    observations: Sequence[Observation],
+    seed: int = 0,
+    strides: Sequence[int] = (1, 5),
+    batch: int = BATCH,
+) -> dict[int, np.ndarray]:
+    """Return the chunks of chunks() at every stride: that of n takes every n-th denoising step.
+
+    The times of 10 / 5 steps are those of steps 0 and 5 of 10, so scales that were fitted for
+    each of the 10 serve them too. Each frame is encoded once for all strides.
+    """
+    found: dict[int, list[np.ndarray]] = {stride: [] for stride in strides}
+    shape = (policy.config.chunk, policy.config.action)
+    for first in range(0, len(observations), batch):
+        part = observations[first : first + batch]
+        prepared = policy.prepare_batch(part)
+        noise = np.stack([flow.noise(seed + first + i, shape) for i in range(len(part))])
+        start = torch.from_numpy(noise).to(policy.device)
+        for stride, done in found.items():
+            if policy.steps % stride:
+                raise ValueError(f'{policy.steps} steps are not a multiple of {stride}')
+            x = flow.denoise(_every(policy, prepared, stride), start, policy.steps // stride)
+            rows = zip(x.cpu().numpy(), prepared.states, prepared.stamps_ns, strict=True)
+            done += [policy.door.chunk(*row).positions for row in rows]
+    return {stride: np.stack(done) for stride, done in found.items()}
+
+
+def _every(
+    policy: LiberoVla, prepared: Prepared, stride: int
+) -> Callable[[Tensor, int], Tensor]:
+    return lambda x, step: policy.velocity(prepared, x, step * stride)
 
 
 def batches(

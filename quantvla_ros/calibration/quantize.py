@@ -12,7 +12,7 @@ import importlib.metadata
 import resource
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='artifact folder; default: MODEL/<precision>, or MODEL/<recipe>-<precision>')
     add('--one-pass', action='store_true',
         help='run the frames once for all layers instead of once for each block')
+    add('--budget', type=float, default=0.0, metavar='MB',
+        help='of all linear layers, for a recipe that spends them; default: as of equal widths')
     add('--threads', type=int, default=0, help='torch threads; default: its own choice')
 
 
@@ -88,9 +90,19 @@ def _tell(name: str, done: int, total: int) -> None:
         print(f'{done}/{total} layers', file=sys.stderr, flush=True)
 
 
+def with_budget(args: argparse.Namespace) -> Recipe:
+    """The recipe that is asked for, and the bytes that it may spend."""
+    recipe = find_recipe(args.recipe)
+    if not args.budget:
+        return recipe
+    if recipe.spend is None:
+        raise ValueError(f'--budget: recipe {recipe.name!r} gives every layer the same width')
+    return replace(recipe, spend=replace(recipe.spend, budget_mb=args.budget))
+
+
 def run(args: argparse.Namespace) -> int:
     """Quantize, judge, write."""
-    recipe, precision = find_recipe(args.recipe), parse_scheme(args.precision)
+    recipe, precision = with_budget(args), parse_scheme(args.precision)
     if precision.is_float:
         raise ValueError('precision float leaves nothing to quantize; take one such as w4a8')
     model = Path(args.model) if args.model else share_path('models/libero_panda')

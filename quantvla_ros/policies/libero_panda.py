@@ -211,11 +211,18 @@ class LiberoVla:
         self.dtype = DTYPES.get(settings.precision, torch.float32)
         self.steps = settings.steps or checkpoint.steps
         self.program = ChunkProgram(net, steps=self.steps) if record else None
+        self.tabulate(net)
+        self.net = net if record else net.to(self.device, self.dtype)
+
+    def tabulate(self, net: LiberoVlaNet) -> None:
+        """Compute what depends on the time alone, once for all chunks: the modulation.
+
+        (steps, blocks, PARTS, 1, width); again when the layers that make it have changed.
+        """
         times = torch.tensor(flow.flow_times(self.steps))
         with torch.inference_mode():
-            table = net.modulation(times)  # (steps, blocks, PARTS, 1, width), once for all chunks
+            table = net.modulation(times.to(net.action.time_in.weight.device))
         self.modulation = table.to(self.device, self.dtype)
-        self.net = net if record else net.to(self.device, self.dtype)
 
     def prepare(self, observation: Observation) -> Prepared:
         """Encode one observation. Raises ValueError on unknown words or another camera size."""

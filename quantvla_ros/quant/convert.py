@@ -1,152 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize one linear layer, or a network block by block, as a recipe says.
+"""Quantize a network block by block, as a recipe says.
 
-Owns the order of work: observe, transform, round, pack, replace. Runs no frames itself: `run`
-feeds them, and `losses` those of recipes that ask what the action feels. Holds one block's
-statistics at a time.
+Owns the order of work: observe, quantize each layer (convert_layer.py), replace. Runs no frames
+itself: `run` feeds them, and `losses` those of recipes that ask what the action feels. Holds one
+block's statistics at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantvla_ros.quant.fit import Fit, clipped_scale, fit_transform, static_scales
-from quantvla_ros.quant.jacobian import (
-    Loss,
-    RowErrors,
-    TokenGrams,
-    gradients,
-    row_errors,
-    token_weights,
-)
-from quantvla_ros.quant.layout import Layout, lay_out, raise_inputs, sensitive_sites
+from quantvla_ros.quant.convert_layer import layer_scheme as layer_scheme
+from quantvla_ros.quant.convert_layer import quantize_linear, quantize_stacked
+from quantvla_ros.quant.fit import fit_transform
+from quantvla_ros.quant.jacobian import Loss, RowErrors, gradients, row_errors
+from quantvla_ros.quant.layout import Layout, lay_out, override, raise_inputs, sensitive_sites
 from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear, replace_linears
-from quantvla_ros.quant.mixed import assign_rows, at_width, pack_rows
-from quantvla_ros.quant.observe import InputStatistics, Run, observe
-from quantvla_ros.quant.pack import packed, quantize
-from quantvla_ros.quant.recipes import Gptq, Nearest, QvlaBits, Recipe, Rounding
-from quantvla_ros.quant.rounding import Rounded, gptq, round_nearest
-from quantvla_ros.quant.scheme import PerGroup, PerRow, PerStep, Scheme, qmax
-from quantvla_ros.quant.simulate import round_tokens
+from quantvla_ros.quant.mixed import assign_rows, at_width
+from quantvla_ros.quant.observe import InputStatistics, Run, observe, same_inputs
+from quantvla_ros.quant.recipes import QvlaBits, Recipe
+from quantvla_ros.quant.scheme import Scheme
 from quantvla_ros.quant.sites import ACTION, PolicySites
+from quantvla_ros.quant.spend import WIDTHS, spend_bytes
 
 Progress = Callable[[str, int, int], None]  # layer, how many are done, how many there are
 Losses = Callable[[], Iterable[Loss]]  # random directions of the action, as jacobian.py wants them
-REFIT = (0.8, 1.25)  # a row's factor outside says that its sample was too small
+STORED = Scheme(8, 16)  # of layers that run once at load
+ROUNDED = Recipe('stored', '', '', '')  # to nearest, whatever enters
 
 
 def recipe_layout(recipe: Recipe, sites: PolicySites, precision: Scheme) -> Layout:
-    """Which linear gets which scheme under a recipe at a precision."""
+    """Which linear gets which scheme under a recipe at a precision, before any spending."""
     layout = lay_out(sites, recipe.groups, precision)
     if recipe.raise_sensitive:
         layout = raise_inputs(layout, sensitive_sites(sites))
     return layout
-
-
-def layer_scheme(recipe: Recipe, scheme: Scheme, seen: InputStatistics) -> Scheme:
-    """Fill in the granularities: groups that divide, one scale per step only inside the loop."""
-    group = recipe.group if recipe.group and seen.k % recipe.group == 0 else 0
-    act = recipe.act
-    if scheme.act_bits >= 16 or (isinstance(act, PerStep) and not seen.steps):
-        act = PerRow()
-    weight = PerGroup(group) if group else PerRow()
-    return Scheme(scheme.weight_bits, scheme.act_bits, weight, act)
-
-
-def _round(
-    rounding: Rounding, weight: Tensor, fit: Fit, seen: InputStatistics, scheme: Scheme
-) -> Rounded:
-    bits, granularity = scheme.weight_bits, scheme.weight
-    if fit.clip is not None:
-        scale = clipped_scale(weight, bits, granularity, fit.clip)
-        return Rounded(quantize(weight, scale, bits, granularity), scale, granularity)
-    if isinstance(rounding, Gptq):
-        hessian = fit.transform.gram(seen.guided if rounding.guided else seen.hessian)
-        if rounding.noisy:
-            hessian = hessian + token_noise(fit, seen, scheme) * torch.eye(len(hessian))
-        rounded = gptq(
-            weight, hessian, bits, granularity,
-            damp=rounding.damp, act_order=rounding.act_order, search=rounding.search,
-        )
-        return _refit(rounded, weight, fit, seen, scheme) if rounding.refit else rounded
-    assert isinstance(rounding, Nearest)
-    hessian = fit.transform.gram(seen.hessian)
-    importance = hessian.diagonal().float() if rounding.search else None
-    return round_nearest(weight, bits, granularity, importance, search=rounding.search)
-
-
-def token_noise(fit: Fit, seen: InputStatistics, scheme: Scheme) -> float:
-    """Variance that rounding adds to each channel of a token: the mean of scale^2 / 12."""
-    if scheme.act_bits >= 16 or not seen.tokens:
-        return 0.0
-    peaks = fit.transform.activations(seen.sample()).abs().amax(1).double()
-    return float((peaks / qmax(scheme.act_bits)).pow(2).mean() / 12)
-
-
-def _mean_error(
-    rounded: Rounded, weight: Tensor, fit: Fit, seen: InputStatistics, scheme: Scheme
-) -> Tensor:
-    """Mean of y - y_q on the sample, (out,): what a bias can take away."""
-    z = fit.transform.activations(seen.sample())
-    zq = round_tokens(z, scheme.act_bits) if scheme.act_bits < 16 else z
-    return (z @ weight.T - zq @ rounded.dequantized().T).mean(0)
-
-
-def _refit(
-    rounded: Rounded, weight: Tensor, fit: Fit, seen: InputStatistics, scheme: Scheme
-) -> Rounded:
-    """Scale each row by <y, y_q> / <y_q, y_q> on the sample: least squares, at no cost later."""
-    z = fit.transform.activations(seen.sample())
-    zq = round_tokens(z, scheme.act_bits) if scheme.act_bits < 16 else z
-    y, yq = (z @ weight.T).double(), (zq @ rounded.dequantized().T).double()
-    power = (yq * yq).sum(0)
-    factor = torch.where(power > 0, (y * yq).sum(0) / power.clamp_min(1e-30), 1.0)
-    factor = factor.clamp(*REFIT).float()
-    return replace(rounded, scale=rounded.scale * factor[:, None])
-
-
-@torch.no_grad()
-def quantize_linear(
-    recipe: Recipe,
-    weight: Tensor,
-    bias: Tensor | None,
-    seen: InputStatistics,
-    scheme: Scheme,
-    *,
-    in_action_head: bool = False,
-    row_bits: Sequence[int] | None = None,
-) -> QuantizedLayer:
-    """Quantize one layer: W (out, in), its bias and what was seen to enter it.
-
-    row_bits: the width of each output row, for recipes of mixed width.
-    """
-    scheme = layer_scheme(recipe, scheme, seen)
-    if row_bits is not None:
-        kept = None if bias is None else bias.float()
-        return QuantizedLayer(scheme, pack_rows(weight, row_bits), kept)
-    fit = fit_transform(recipe, weight, seen, scheme)
-    rounding = recipe.rounding
-    if in_action_head and recipe.action_rounding is not None:
-        rounding = recipe.action_rounding
-    turned = fit.transform.weight(weight.float())
-    rounded = _round(rounding, turned, fit, seen, scheme)
-    if isinstance(rounding, Gptq) and rounding.centre:
-        shift = _mean_error(rounded, turned, fit, seen, scheme)
-        bias = shift if bias is None else bias + shift
-    scales = None
-    if isinstance(scheme.act, PerStep):
-        scales = static_scales(seen, fit.transform, scheme.act_bits)
-    return QuantizedLayer(
-        scheme,
-        packed(rounded.codes, rounded.scale, scheme.weight_bits, scheme.weight),
-        None if bias is None else bias.float(),
-        fit.transform,
-        scales,
-    )
 
 
 def block_order(sites: PolicySites, layout: Layout) -> Iterator[tuple[str, Sequence[str]]]:
@@ -165,48 +57,119 @@ def block_order(sites: PolicySites, layout: Layout) -> Iterator[tuple[str, Seque
 class Known:
     """What the float network tells once for many recipes, in one pass over the frames.
 
-    seen: inputs of each linear. guides, errors: of jacobian.TokenGrams and RowErrors.
+    seen: inputs of each linear. errors: of jacobian.RowErrors.
     """
 
     seen: Mapping[str, InputStatistics]
-    guides: Mapping[str, Tensor]
-    errors: Mapping[str, Mapping[int, Tensor]]
+    errors: Mapping[str, Mapping[int, torch.Tensor]]
 
 
 def ask(net: nn.Module, names: Sequence[str], run: Run, losses: Losses) -> Known:
     """Run the frames once and ask what the action feels, for all named linears."""
     seen = {name: found.to('cpu') for name, found in observe(net, names, run).items()}
-    errors, grams = RowErrors(net, names, at_width, QvlaBits().widths), TokenGrams()
+    widths = sorted({*QvlaBits().widths, *WIDTHS})
+    errors = RowErrors(net, names, at_width, widths)
     for loss in losses():
-        found = gradients(net, names, loss)
-        errors.add(found)
-        grams.add(found)
-    return Known(seen, grams.sums, errors.mean())
+        errors.add(gradients(net, names, loss))
+    return Known(seen, errors.mean())
 
 
 def _felt(
     net: nn.Module,
     names: Sequence[str],
     recipe: Recipe,
-    precision: Scheme,
     losses: Losses | None,
     known: Known | None,
-) -> tuple[dict[str, list[int]], Mapping[str, Tensor]]:
-    """Return the widths of rows and the guides that a recipe asks for, by layer."""
-    if not recipe.needs_gradients:
-        return {}, {}
-    if losses is None and known is None:
+) -> Mapping[str, Mapping[int, torch.Tensor]]:
+    """Return the errors of rows that a recipe asks for, by layer and width."""
+    if not recipe.needs_gradients and recipe.spend is None:
+        return {}
+    if known is not None:
+        return {name: known.errors[name] for name in names}
+    if losses is None:
+        if not recipe.needs_gradients:
+            return {}
         raise ValueError(f'recipe {recipe.name!r} needs gradients of the action')
-    directions = losses() if losses is not None and known is None else ()
+    rounding = recipe.rounding
+    widths = rounding.widths if isinstance(rounding, QvlaBits) else WIDTHS
+    return row_errors(net, names, losses(), at_width, widths)
+
+
+def _row_bits(
+    net: nn.Module, recipe: Recipe, precision: Scheme,
+    errors: Mapping[str, Mapping[int, torch.Tensor]],
+) -> dict[str, list[int]]:
+    """Return the width of every row, for recipes of mixed width."""
     if not isinstance(recipe.rounding, QvlaBits):
-        return {}, known.guides if known else token_weights(net, names, directions)
-    widths = recipe.rounding.widths
-    errors = known.errors if known else row_errors(net, names, directions, at_width, widths)
-    columns = {name: int(net.get_submodule(name).in_features) for name in names}  # type: ignore
-    own = {name: errors[name] for name in names}
-    return assign_rows(own, columns, widths, precision.weight_bits), {}
+        return {}
+    columns = {name: int(net.get_submodule(name).in_features) for name in errors}  # type: ignore
+    return assign_rows(errors, columns, recipe.rounding.widths, precision.weight_bits)
 
 
+def _shared(
+    net: nn.Module, sites: PolicySites, recipe: Recipe, layout: Layout,
+    seen: Mapping[str, InputStatistics],
+) -> Iterator[tuple[list[str], list[QuantizedLayer]]]:
+    """Quantize together, through one transform, the layers that read the same input."""
+    for group in same_inputs(seen):
+        weights = {name: _linear(net, name).weight.cpu().float() for name in group}
+        stats, found = seen[group[0]], {}
+        for name in group:
+            bits = layout[name].act_bits
+            if bits not in found:
+                alike = [weights[n] for n in group if layout[n].act_bits == bits]
+                found[bits] = fit_transform(recipe, torch.cat(alike), stats, layout[name])
+        for scheme in dict.fromkeys(layout[name] for name in group):
+            names = [name for name in group if layout[name] == scheme]
+            yield names, quantize_stacked(
+                recipe, [weights[n] for n in names], [_bias(net, n) for n in names], stats,
+                scheme, transform=found[scheme.act_bits].transform,
+                in_action_head=sites.linear(names[0]).group in ACTION,
+            )
+
+
+def _single(
+    net: nn.Module, sites: PolicySites, recipe: Recipe, layout: Layout,
+    seen: Mapping[str, InputStatistics], rows: Mapping[str, list[int]],
+) -> Iterator[tuple[list[str], list[QuantizedLayer]]]:
+    """Quantize each layer by itself."""
+    for name, stats in seen.items():
+        yield [name], [quantize_linear(
+            recipe, _linear(net, name).weight.cpu(), _bias(net, name), stats, layout[name],
+            in_action_head=sites.linear(name).group in ACTION, row_bits=rows.get(name),
+        )]
+
+
+def _bias(net: nn.Module, name: str) -> torch.Tensor | None:
+    bias = _linear(net, name).bias
+    return None if bias is None else bias.cpu()
+
+
+def _linear(net: nn.Module, name: str) -> nn.Linear:
+    linear = net.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _seen(
+    net: nn.Module, block: Sequence[str], run: Run, known: Known | None
+) -> dict[str, InputStatistics]:
+    """What enters the layers of a block. Raises ValueError where nothing does."""
+    found = dict(known.seen) if known else observe(net, block, run)
+    silent = sorted(set(block) - set(found))
+    if silent:
+        raise ValueError(
+            f'the calibration frames never reached {", ".join(silent)}; '
+            'calibrate with frames that use every part of the policy'
+        )
+    return {name: found[name].to('cpu') for name in block}
+
+
+def _unseen(sites: PolicySites, names: Sequence[str]) -> dict[str, InputStatistics]:
+    return {name: InputStatistics(sites.linear(name).in_features) for name in names}
+
+
+@torch.no_grad()
 def quantize_net(
     net: nn.Module,
     sites: PolicySites,
@@ -230,35 +193,31 @@ def quantize_net(
     layout = recipe_layout(recipe, sites, precision)
     order = list(block_order(sites, layout))
     names = [name for _, names in order for name in names]
-    rows, guides = _felt(net, names, recipe, precision, losses, known)
+    errors = _felt(net, names, recipe, losses, known)
+    rows = _row_bits(net, recipe, precision, errors)
+    once: list[str] = []
+    if recipe.spend is not None and errors:
+        once = [site.name for site in sites.in_groups(recipe.spend.stored)]
+        layout = override(layout, dict.fromkeys(once, STORED))
+        layout = spend_bytes(sites, layout, errors, precision, recipe.spend.budget_mb)
     done: dict[str, QuantizedLayer] = {}
-    for _, block in order if blockwise and known is None else [('', names)]:
-        seen = dict(known.seen) if known else observe(net, block, run)
-        silent = sorted(set(block) - set(seen))
-        if silent:
-            raise ValueError(
-                f'the calibration frames never reached {", ".join(silent)}; '
-                'calibrate with frames that use every part of the policy'
-            )
-        fresh = {}
-        for name in block:
-            linear = net.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            stats = seen.pop(name).to('cpu')
-            stats.guide = guides.get(name)
-            fresh[name] = quantize_linear(
-                recipe,
-                linear.weight.cpu(),
-                None if linear.bias is None else linear.bias.cpu(),
-                stats,
-                layout[name],
-                in_action_head=sites.linear(name).group in ACTION,
-                row_bits=rows.get(name),
-            )
+
+    def take(found: Iterator[tuple[list[str], list[QuantizedLayer]]]) -> None:
+        fresh: dict[str, QuantizedLayer] = {}
+        for group, layers in found:
+            fresh.update(zip(group, layers, strict=True))
             if progress is not None:
-                progress(name, len(done) + len(fresh), len(names))
+                progress(group[-1], len(done) + len(fresh), len(names) + len(once))
         device = next(iter(net.parameters())).device
         replace_linears(net, fresh, make)
         net.to(device)
         done.update(fresh)
+
+    for block in [names] if known or not blockwise else [list(block) for _, block in order]:
+        seen = _seen(net, block, run, known)
+        if recipe.shared:
+            take(_shared(net, sites, recipe, layout, seen))
+        else:
+            take(_single(net, sites, recipe, layout, seen, rows))
+    take(_single(net, sites, ROUNDED, layout, _unseen(sites, once), {}))
     return done

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantvla_ros.quant.observe import InputStatistics
-from quantvla_ros.quant.pack import absmax_scale, dequantize, quantize, search_scale
+from quantvla_ros.quant.pack import absmax_scale, dequantize, quantize
 from quantvla_ros.quant.recipes import (
     AwqScale,
     Greedy,
@@ -30,9 +30,8 @@ from quantvla_ros.quant.recipes import (
     SvdHadamard,
     TwoPointer,
 )
-from quantvla_ros.quant.rounding import layer_error
-from quantvla_ros.quant.scheme import Granularity, Scheme, qmax
-from quantvla_ros.quant.simulate import round_tokens
+from quantvla_ros.quant.rounding import expected_error, layer_error
+from quantvla_ros.quant.scheme import Granularity, PerStep, Scheme, qmax
 from quantvla_ros.quant.transforms import (
     InputTransform,
     block_size,
@@ -94,16 +93,21 @@ def _fit_steps(
 def trial_error(
     transform: InputTransform, weight: Tensor, seen: InputStatistics, scheme: Scheme
 ) -> float:
-    """Squared output error on the sample when weight and tokens are rounded to nearest."""
-    x, w = seen.sample(), weight.float()
-    z, v = transform.activations(x), transform.weight(w)
-    if scheme.act_bits < 16:
-        z = round_tokens(z, scheme.act_bits)
-    if scheme.weight_bits < 16:
-        scale = search_scale(v, scheme.weight_bits, scheme.weight, z.pow(2).mean(0))
-        codes = quantize(v, scale, scheme.weight_bits, scheme.weight)
-        v = dequantize(codes, scale, scheme.weight)
-    return float((z @ v.T - x @ w.T).double().pow(2).sum())
+    """Squared output error to expect in a transform's frame when tokens and weight are rounded."""
+    return expected_error(
+        transform.weight(weight.float()),
+        transform.gram(seen.hessian),
+        token_noise(transform, seen, scheme),
+        scheme.weight_bits,
+    )
+
+
+def token_noise(transform: InputTransform, seen: InputStatistics, scheme: Scheme) -> float:
+    """Variance that rounding adds to each channel of a token: the mean of scale^2 / 12."""
+    if scheme.act_bits >= 16 or not seen.tokens:
+        return 0.0
+    peaks = transform.activations(seen.sample()).abs().amax(1).double()
+    return float((peaks / qmax(scheme.act_bits)).pow(2).mean() / 12)
 
 
 class _Frame:
@@ -120,10 +124,9 @@ class _Frame:
 def _link(step: Step, frame: _Frame, scheme: Scheme) -> Fit:
     k = frame.weight.shape[1]
     if isinstance(step, Smooth):
-        diagonal = smoothing_diagonal(frame.absmax, frame.weight, step.alpha)
-        return Fit(InputTransform(diagonal=diagonal))
+        return Fit(_scaling(smoothing_diagonal(frame.absmax, frame.weight, step.alpha)))
     if isinstance(step, AwqScale):
-        return Fit(InputTransform(diagonal=_awq_diagonal(step, frame, scheme)))
+        return Fit(_scaling(_awq_diagonal(step, frame, scheme)))
     if isinstance(step, LearnedScale):
         return _learned(step, frame, scheme)
     if isinstance(step, Snake):
@@ -144,6 +147,12 @@ def _link(step: Step, frame: _Frame, scheme: Scheme) -> Fit:
         assert isinstance(step, Svd)
         blocks = svd_rotation(frame.weight, block)
     return Fit(InputTransform(blocks=blocks.float()))
+
+
+def _scaling(diagonal: Tensor) -> InputTransform:
+    """A diagonal around 1 at two bytes a channel, rounded here so that it divides out."""
+    around = diagonal / diagonal.log().mean().exp()
+    return InputTransform(diagonal=around.to(torch.bfloat16))
 
 
 def _awq_diagonal(step: AwqScale, frame: _Frame, scheme: Scheme) -> Tensor:
@@ -189,16 +198,19 @@ def _learned(step: LearnedScale, frame: _Frame, scheme: Scheme) -> Fit:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return Fit(InputTransform(diagonal=log_s.detach().exp()), clip.detach().sigmoid())
+    return Fit(_scaling(log_s.detach().exp()), clip.detach().sigmoid())
 
 
 def static_scales(
-    seen: InputStatistics, transform: InputTransform, bits: int, percentile: float = 99.9
+    seen: InputStatistics, transform: InputTransform, act: Granularity, bits: int,
+    percentile: float = 99.9,
 ) -> Tensor:
-    """One activation scale for each denoising step from a percentile of magnitudes; (steps,)."""
+    """Scales from a percentile of magnitudes: one for each denoising step, (steps,), or (1,)."""
+    per_step = isinstance(act, PerStep)
+    samples = [seen.step_sample(step) for step in seen.steps] if per_step else [seen.sample()]
     scales = []
-    for step in seen.steps:
-        values = transform.activations(seen.step_sample(step)).abs().flatten()
+    for sample in samples:
+        values = transform.activations(sample).abs().flatten()
         rank = min(len(values), max(1, round(percentile / 100 * len(values))))
         scales.append(float(values.kthvalue(rank).values) / qmax(bits))
     return torch.tensor(scales, dtype=torch.float32)

@@ -54,7 +54,8 @@ def gradients(net: nn.Module, names: Iterable[str], loss: Loss) -> dict[str, lis
 
 def weight_gradient(pairs: Sequence[Pair]) -> Tensor:
     """d(r . A) / dW, (out, in): the sum of slope^T x over all calls."""
-    return torch.stack([slope.T @ x for x, slope in pairs]).sum(0)
+    x, slope = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    return slope.T @ x
 
 
 Rounded = Callable[[Tensor, int], Tensor]  # the weight at a width
@@ -94,25 +95,6 @@ class RowErrors:
         return {name: {b: e / count for b, e in sums.items()} for name, sums in self.sums.items()}
 
 
-class TokenGrams:
-    """X^T diag(|slope|^2) X of each layer: a token counts by what the action feels of it.
-
-    sums is name -> (in, in) float64.
-    """
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, found: Mapping[str, Sequence[Pair]]) -> None:
-        """Add the gradients of one loss."""
-        for name, pairs in found.items():
-            x = torch.cat([pair[0] for pair in pairs])
-            felt = torch.cat([pair[1] for pair in pairs]).norm(dim=1, keepdim=True)
-            weighted = x * felt
-            gram = (weighted.T @ weighted).double().cpu()
-            self.sums[name] = self.sums[name] + gram if name in self.sums else gram
-
-
 def row_errors(
     net: nn.Module,
     names: Sequence[str],
@@ -125,16 +107,6 @@ def row_errors(
     for loss in losses:
         errors.add(gradients(net, names, loss))
     return errors.mean()
-
-
-def token_weights(
-    net: nn.Module, names: Sequence[str], losses: Iterable[Loss]
-) -> dict[str, Tensor]:
-    """TokenGrams over some losses."""
-    grams = TokenGrams()
-    for loss in losses:
-        grams.add(gradients(net, names, loss))
-    return grams.sums
 
 
 def _weight(net: nn.Module, name: str) -> Tensor:

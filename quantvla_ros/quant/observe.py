@@ -6,7 +6,7 @@ Owns the hooks and the statistics; who runs the frames passes a function. Change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,9 +24,7 @@ class InputStatistics:
 
     absmax (k,): largest magnitude of each channel. gram (k, k) float64: X^T X of all tokens.
     mean_abs (k,): mean magnitude. sample: tokens spread over the calls, of one denoising step or
-    of all (step None: layers outside the denoising loop). guide (k, k): X^T X in which a token
-    counts by what the action feels of it (quant/jacobian.py), where it was measured. first: tokens
-    of the first call alone.
+    of all (step None: layers outside the denoising loop). first: tokens of the first call alone.
     """
 
     k: int
@@ -35,7 +33,6 @@ class InputStatistics:
     magnitude: Tensor = field(init=False)
     gram: Tensor = field(init=False)
     kept: dict[int | None, list[Tensor]] = field(default_factory=dict)
-    guide: Tensor | None = None
     first: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -72,16 +69,6 @@ class InputStatistics:
     def hessian(self) -> Tensor:
         """H = X^T X / tokens, (k, k) float64."""
         return self.gram / max(self.tokens, 1)
-
-    @property
-    def guided(self) -> Tensor:
-        """The Hessian and the guide in equal shares of their traces; (k, k) float64."""
-        h = self.hessian
-        trace = float(h.diagonal().sum())
-        felt = 0.0 if self.guide is None else float(self.guide.diagonal().sum())
-        if self.guide is None or felt <= 0:
-            return h
-        return 0.5 * h + 0.5 * self.guide * (trace / felt)
 
     @property
     def mean_abs(self) -> Tensor:
@@ -138,3 +125,13 @@ def observe(net: nn.Module, names: Iterable[str], run: Run) -> dict[str, InputSt
         for handle in handles:
             handle.remove()
     return found
+
+
+def same_inputs(seen: Mapping[str, InputStatistics]) -> list[list[str]]:
+    """Group layers that read the same tokens, such as q, k and v; known by equal sums."""
+    groups: dict[tuple[int, int, bytes, bytes], list[str]] = {}
+    for name, found in seen.items():
+        sums = found.magnitude.cpu().numpy().tobytes()
+        peaks = found.absmax.cpu().numpy().tobytes()
+        groups.setdefault((found.k, found.tokens, peaks, sums), []).append(name)
+    return list(groups.values())

@@ -101,20 +101,17 @@ class Nearest:
 class Gptq:
     """GPTQ in the transformed frame; damp: share of the mean diagonal of H.
 
-    search: clip each row where its squared error is least, instead of absmax.
-    guided: tokens count by what the action feels of them. refit: then scale each row by least
-    squares, so that its output is right for the rounded tokens. noisy: H is that of the rounded
-    tokens, H + sigma^2 I with sigma^2 the mean of scale^2 / 12. centre: a bias takes away the mean
-    error that is left on the calibration tokens.
+    search: clip each row where its squared error is least, instead of absmax. clips: instead,
+    ratios of absmax of which each row keeps the one with the least output error after the
+    rounding. noisy: H is that of rounded tokens, H + sigma^2 I with sigma^2 the mean of
+    scale^2 / 12.
     """
 
     damp: float = 0.01
     act_order: bool = False
-    guided: bool = False
     search: bool = True
-    refit: bool = False
+    clips: tuple[float, ...] = ()
     noisy: bool = False
-    centre: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +120,19 @@ class QvlaBits:
 
     widths: tuple[int, ...] = (0, 2, 4, 8, 16)
     mean_bits: float = 4.0
+
+
+@dataclass(frozen=True)
+class Spend:
+    """Weights of single layers one or more widths up, by action error saved for each byte.
+
+    budget_mb: of all linear layers; 0 for what rounding every layer alike takes. Layers that read
+    the same input share a width. Below the bytes of equal widths, layers may go to 2 bits.
+    stored: groups that run once at load, whose weights alone go to 8 bits; that saves bytes.
+    """
+
+    budget_mb: float = 0.0
+    stored: tuple[str, ...] = ('modulation',)
 
 
 @dataclass(frozen=True)
@@ -148,7 +158,9 @@ class Recipe:
     groups: what is quantized. transform: applied to each layer's input in this order. rounding
     of weights; action_rounding overrides it in the action head. act: granularity of activations.
     group: weights that share a scale, 0 for a scale per row. raise_sensitive: inputs of o and
-    down projections one width higher. matching: fit alpha and beta of the action head.
+    down projections one width higher. shared: layers that read the same input get one transform,
+    so that it is rounded once. spend: widths by action error, where gradients can be asked; equal
+    widths elsewhere. matching: fit alpha and beta of the action head.
     takes, differs: what comes from the paper, and what is done otherwise and why.
     """
 
@@ -163,14 +175,14 @@ class Recipe:
     act: Granularity = field(default_factory=PerRow)
     group: int = 0
     raise_sensitive: bool = False
+    shared: bool = False
+    spend: Spend | None = None
     matching: Matching | None = None
 
     @property
     def needs_gradients(self) -> bool:
         """Whether calibration must know what the action feels."""
-        return isinstance(self.rounding, QvlaBits) or (
-            isinstance(self.rounding, Gptq) and self.rounding.guided
-        )
+        return isinstance(self.rounding, QvlaBits)
 
     @property
     def needs_frames(self) -> bool:
@@ -270,22 +282,25 @@ _ALL = (
         'onboard', 'this package',
         takes='Smoothing, one Hadamard of 64 fused with the quantization of each token, GPTQ '
         'with the Hessian of the transformed frame.',
-        differs='Everything is quantized, action attention and vision included; each layer takes '
-        'the transform with the least output error when weight and tokens are rounded; the '
-        'Hessian holds the noise that rounding adds to tokens; rows are never clipped; inputs of '
-        'o and down projections stay one width higher; nothing that cannot leave the integer '
-        'sum.',
+        differs='Everything is quantized, action attention and vision included. Layers that read '
+        'the same input take one transform, the one with the least expected output error. The '
+        'Hessian holds the noise that rounding adds to tokens; rows are never clipped. Inputs of '
+        'o and down projections stay one width higher. Layers that run once at load are stored '
+        'at 8 bits, and what that saves widens the weights that the action feels most. Nothing '
+        'that cannot leave the integer sum.',
         transform=(
             Search((
                 (Hadamard(64),),
-                (Smooth(0.3), Hadamard(64)),
+                (Smooth(0.35), Hadamard(64)),
                 (Smooth(0.5), Hadamard(64)),
-                (Smooth(0.7), Hadamard(64)),
+                (Smooth(0.65), Hadamard(64)),
                 (Smooth(0.5),),
             )),
         ),
         rounding=Gptq(search=False, noisy=True),
         raise_sensitive=True,
+        shared=True,
+        spend=Spend(),
     ),
 )
 

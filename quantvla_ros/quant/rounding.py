@@ -7,6 +7,7 @@ transform) and returns `Rounded`. Hessians are H = X^T X / n of activations in t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from quantvla_ros.quant.pack import absmax_scale, dequantize, quantize, search_scale
 from quantvla_ros.quant.scheme import Granularity, PerGroup, PerRow, qmax
 
-GPTQ_BLOCK = 128  # columns whose error is propagated at once
+GPTQ_BLOCK = 64  # columns whose error is propagated at once
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ def inverse_cholesky(hessian: Tensor, damp: float) -> Tensor:
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     diagonal[dead] = mean
     diagonal += damp * mean
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True)
+    # H = R R^T with R upper, from the last column up; then H^-1 = R^-T R^-1 and U = R^-1
+    upper = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    eye = torch.eye(len(h), dtype=h.dtype)
+    return torch.linalg.solve_triangular(upper, eye, upper=True)
 
 
 def gptq(
@@ -79,13 +82,14 @@ def gptq(
     damp: float = 0.01,
     search: bool = True,
     act_order: bool = False,
+    scale: Tensor | None = None,
 ) -> Rounded:
     """Round column by column, moving each column's error onto the columns not yet rounded.
 
     w_j <- round(w_j); W_:,i <- W_:,i - (w_j - q_j) / U_jj * U_ji for i > j, with U from
     inverse_cholesky. Scales are fixed before (per row) or when a group begins (per group), from
     the weights as they are then. act_order rounds the inputs with the largest H_jj first (per
-    row only, since a group must stay together).
+    row only, since a group must stay together). scale: (rows, 1), the scales to round to.
     """
     if not isinstance(granularity, (PerRow, PerGroup)):
         raise ValueError(f'GPTQ rounds rows; {granularity} is not a granularity of rows')
@@ -98,43 +102,86 @@ def gptq(
     order = torch.arange(k)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    w = weight.double()[:, order].clone()
-    upper = inverse_cholesky(hessian[order][:, order], damp)
+    w = weight.double()[:, order].T.contiguous()  # (k, rows): a column of W is one run of memory
+    ordered = hessian[order][:, order] if act_order else hessian
+    upper = inverse_cholesky(ordered, damp)
     importance = hessian.diagonal()[order].float()
-    scales = torch.empty(w.shape[0], k // group, dtype=torch.float64)
+    scales = torch.empty(k // group, w.shape[1], dtype=torch.float64)
     codes = torch.empty_like(w)
     limit = qmax(bits)
     for start in range(0, k, GPTQ_BLOCK):
         end = min(start + GPTQ_BLOCK, k)
-        errors = torch.zeros(w.shape[0], end - start, dtype=torch.float64)
+        errors = torch.zeros(end - start, w.shape[1], dtype=torch.float64)
         for j in range(start, end):
-            if j % group == 0:
+            if scale is not None:
+                scales[0] = scale[:, 0].double()
+            elif j % group == 0:
                 # weights of this group as compensated so far, those of later blocks included
-                span = _pending(w, errors, upper, start, j, end, j + group)
-                scales[:, j // group] = choose_scale(
+                span = _pending(w, errors, upper, start, j, end, j + group).T
+                scales[j // group] = choose_scale(
                     span.float(), bits, PerRow(), importance[j : j + group], search
                 )[:, 0].double()
-            s = scales[:, j // group]
-            codes[:, j] = (w[:, j] / s).round().clamp(-limit, limit)
-            errors[:, j - start] = (w[:, j] - codes[:, j] * s) / upper[j, j]
-            w[:, j + 1 : end] -= torch.outer(errors[:, j - start], upper[j, j + 1 : end])
-        w[:, end:] -= errors @ upper[start:end, end:]
+            s = scales[j // group]
+            codes[j] = (w[j] / s).round().clamp(-limit, limit)
+            errors[j - start] = (w[j] - codes[j] * s) / upper[j, j]
+            w[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j - start], alpha=-1)
+        w[end:] -= upper[start:end, end:].T @ errors
     back = torch.argsort(order)
-    return Rounded(codes[:, back].to(torch.int8), scales.float(), granularity)
+    return Rounded(codes[back].T.contiguous().to(torch.int8), scales.T.float(), granularity)
 
 
 def _pending(
     w: Tensor, errors: Tensor, upper: Tensor, start: int, first: int, end: int, last: int
 ) -> Tensor:
     """Columns first..last as GPTQ will see them: later blocks lack this block's errors so far."""
-    last = min(last, w.shape[1])
+    last = min(last, w.shape[0])
     if last <= end:
-        return w[:, first:last]
-    late = w[:, end:last] - errors[:, : first - start] @ upper[start:first, end:last]
-    return torch.cat([w[:, first:end], late], 1)
+        return w[first:last]
+    late = w[end:last] - upper[start:first, end:last].T @ errors[: first - start]
+    return torch.cat([w[first:end], late], 0)
+
+
+def gptq_searched(
+    weight: Tensor, hessian: Tensor, bits: int, clips: Sequence[float], *, damp: float = 0.01
+) -> Rounded:
+    """GPTQ at several clipping ratios; each row keeps the one that changes its output least.
+
+    The error is that under the whole Hessian after the rounding, not the squared error of the
+    weights before it, which clips too much once the later columns can make up for an error.
+    """
+    full = absmax_scale(weight.float(), bits, PerRow())
+    scale = torch.cat([full * clip for clip in clips])
+    many = weight.repeat(len(clips), 1)
+    found = gptq(many, hessian, bits, PerRow(), damp=damp, scale=scale)
+    errors = row_output_errors(many, found.dequantized(), hessian).view(len(clips), -1)
+    rows = errors.argmin(0) * len(weight) + torch.arange(len(weight))
+    return Rounded(found.codes[rows], found.scale[rows], PerRow())
+
+
+def expected_error(
+    weight: Tensor, hessian: Tensor, noise: float, bits: int, damp: float = 0.01
+) -> float:
+    """Squared output error to expect of GPTQ on rounded tokens, without rounding anything.
+
+    Tokens x + n with white n of variance `noise` leave noise |W|^2. With H + noise I = L L^T from
+    the last column up, GPTQ leaves s^2 / 12 sum_j L_jj^2 of a row of scale s.
+    """
+    w, k = weight.double(), len(hessian)
+    error = noise * float(w.pow(2).sum())
+    if bits < 16:
+        h = hessian.double() + (damp * float(hessian.diagonal().mean()) + noise) * torch.eye(k)
+        factor = torch.linalg.cholesky(h.flip(0, 1))
+        scale = w.abs().amax(1) / qmax(bits)
+        error += float(scale.pow(2).sum() / 12 * factor.diagonal().pow(2).sum())
+    return error
+
+
+def row_output_errors(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """E |x (w - w_q)|^2 of each row under the Hessian; (rows,) float64."""
+    d = (weight - rounded).double()
+    return ((d @ hessian.double()) * d).sum(1)
 
 
 def layer_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     """E |x (W - W_q)^T|^2 under the Hessian: the error the layer's outputs get from rounding."""
-    d = (weight - rounded).double()
-    return float(((d @ hessian.double()) * d).sum())
+    return float(row_output_errors(weight, rounded, hessian).sum())

@@ -222,3 +222,9 @@ def from_tensors(tensors: Mapping[str, Tensor], hadamards: Sequence[int]) -> Inp
     return InputTransform(
         own.get('diagonal'), own.get('permutation'), hadamards[0], own.get('blocks'), then
     )
+
+
+def own_copy(transform: InputTransform) -> InputTransform:
+    """The same chain with tensors of its own: files do not store one tensor for two layers."""
+    tensors = {name: tensor.clone() for name, tensor in transform.tensors().items()}
+    return from_tensors(tensors, transform.hadamards())

@@ -21,7 +21,8 @@ def rows(model, frames_path, tmp_path):
 
 
 def test_policy_and_twin_meet_the_same_recipes(rows, capsys):
-    found = rows('--precisions', 'w8a8,w4a4', '--recipes', 'rtn,onboard,quantvla_first_batch')
+    rows('--precisions', 'w4a4,w8a8', '--recipes', 'rtn')
+    found = rows('--precisions', 'w4a4', '--recipes', 'onboard,quantvla_first_batch')
     by_key = {(r['model'], r['recipe'], r['precision']): r for r in found}
     for model in ('policy', 'twin'):
         floor = by_key[model, 'another noise seed', 'float']['mean_mrad']
@@ -34,6 +35,17 @@ def test_policy_and_twin_meet_the_same_recipes(rows, capsys):
         'mean_mrad']
     assert by_key['policy', 'rtn', 'w4a4']['nbytes'] < by_key['policy', 'rtn', 'w8a8']['nbytes']
     assert '**twin**' in capsys.readouterr().out
+
+
+def test_a_second_run_measures_only_what_is_missing(rows, capsys):
+    first = rows('--precisions', 'w4a4', '--recipes', 'rtn', '--models', 'policy')
+    capsys.readouterr()
+    both = rows('--precisions', 'w4a4', '--recipes', 'rtn,smoothquant', '--models', 'policy')
+    assert [r for r in both if r['recipe'] != 'smoothquant'] == first
+    said = capsys.readouterr().out.split('**policy**')[0]
+    assert 'smoothquant' in said and 'rtn' not in said
+    rows('--precisions', 'w4a4', '--recipes', 'rtn', '--models', 'policy', '--redo', 'rtn')
+    assert 'rtn' in capsys.readouterr().out.split('**policy**')[0]
 
 
 def test_ablation_measures_every_layout(rows):

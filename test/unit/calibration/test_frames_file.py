@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames come back as they were written, and a damaged file is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from quantvla_ros.calibration.frames_file import read_frames, write_frames
+from quantvla_ros.calibration.frames_file import read_all, read_frames, write_frames
 
 
 def test_frames_come_back_as_they_were(frames_path, observations):
@@ -39,6 +41,35 @@ def test_halves_share_no_frame(frames_path):
     one, two = read_frames(frames_path).halves()
     assert len(one) == len(two) == 6
     assert not {id(o) for o in one} & {id(o) for o in two}
+
+
+def two_episodes_each(tmp_path, observations):
+    """A file of four episodes with three frames each; the stamps start again in each."""
+    seen = [replace(o, joint_stamp_ns=i % 3, image_stamps_ns=dict.fromkeys(o.images, i % 3))
+            for i, o in enumerate(observations)]
+    write_frames(tmp_path / 'episodes.npz', seen)
+    return tmp_path / 'episodes.npz'
+
+
+def test_halves_share_no_episode(tmp_path, observations):
+    frames = read_frames(two_episodes_each(tmp_path, observations))
+    assert frames.episodes == (0,) * 3 + (1,) * 3 + (2,) * 3 + (3,) * 3
+    one, two = frames.halves()
+    joints = [o.joint_positions.tolist() for o in observations]
+    assert [o.joint_positions.tolist() for o in one] == joints[:3] + joints[6:9]
+    assert [o.joint_positions.tolist() for o in two] == joints[3:6] + joints[9:]
+
+
+def test_several_files_are_read_as_one(tmp_path, observations, frames_path):
+    path = two_episodes_each(tmp_path, observations)
+    both = read_all([path, frames_path], limit=12)
+    assert len(both) == 12 and both.sha256 != read_all([frames_path, path], limit=12).sha256
+    alone = read_frames(path, 6)
+    assert both.episodes[:6] == alone.episodes
+    fitted = {id(o) for o in both.halves()[0]}
+    assert [id(o) in fitted for o in both.observations[:6]] == [
+        e % 2 == 0 for e in alone.episodes]
+    assert read_all([path], 5).sha256 == read_frames(path, 5).sha256
 
 
 def test_limit_takes_frames_from_the_whole_file(frames_path, observations):

@@ -42,12 +42,27 @@ def test_costliest_layer_comes_first(artifact, frames_path, capsys):
     assert found == sorted(found, reverse=True) and len(found) == 15
 
 
+def test_each_group_shows_what_it_costs_alone(artifact, frames_path, capsys):
+    said = inspect(artifact('rtn', 'w4a4'), frames_path, capsys, '--limit', '4')
+    found = re.findall(r'^(vision|projector|backbone\w+|action\w+) +\d+ +\d+ +(\S+)$', said,
+                       re.M)
+    assert len(found) == 6
+    costs = [float(cost) for _, cost in found]
+    assert costs == sorted(costs, reverse=True) and min(costs) > 0
+
+
+def test_layers_that_run_once_at_load_are_examined(artifact, frames_path, capsys):
+    said = inspect(artifact('onboard', 'w4a8'), frames_path, capsys, '--top', '99')
+    assert 'action.time_out' in errors_of(said)
+    assert re.search(r'^modulation +1 ', said, re.M)
+
+
 def test_page_loads_nothing_and_names_every_layer(artifact, frames_path, capsys):
     folder = artifact('rtn', 'w4a4')
     inspect(folder, frames_path, capsys)
     page = (folder / 'inspect.html').read_text()
     assert 'src=' not in page and 'href=' not in page and 'http' not in page
-    assert page.count('<tr>') == page.count('<rect') + 1 > 20
+    assert page.count('<tr>') == page.count('<rect') + 1 - 6 > 20  # six bars are of groups
 
 
 def test_matching_shows_alpha_and_beta(artifact, frames_path, capsys):

@@ -8,7 +8,8 @@ from quantvla_ros.calibration import quantize
 from quantvla_ros.calibration.policy_runs import action_error, chunks
 from quantvla_ros.cli import main
 from quantvla_ros.policies.libero_checkpoint import CheckpointError
-from quantvla_ros.quant.artifact import ArtifactError, read_provenance
+from quantvla_ros.policies.sites import libero_vla_sites
+from quantvla_ros.quant.artifact import ArtifactError, read_artifact, read_provenance
 from quantvla_ros.quant.linear import QuantLinear
 from quantvla_ros.quant.simulate import SimulatedLinear
 
@@ -78,6 +79,29 @@ def test_interruption_leaves_the_old_artifact(model, frames_path, monkeypatch, c
     assert sorted(p.name for p in model.iterdir()) == [
         'model.safetensors', 'policy.json', 'w8a8']
     assert 'is as it was' in capsys.readouterr().err
+
+
+def test_a_budget_is_kept_and_layers_that_run_at_load_are_served(
+    model, frames_path, make_policy, observations
+):
+    budgets, held = (0.75, 0.95), []
+    for mb in budgets:
+        command(model, frames_path, '--budget', str(mb))
+        layers = read_artifact(model / 'w4a8').layers
+        floats = libero_vla_sites(make_policy().net)
+        rest = sum(2 * s.parameters for s in floats.linears if s.name not in layers)
+        held.append(sum(layer.nbytes for layer in layers.values()) + rest)
+        assert held[-1] <= 1e6 * mb
+    assert held[1] > held[0]
+    assert layers['action.time_out'].scheme.name == 'w8a16'
+    off = (make_policy(precision='w4a8').modulation - make_policy().modulation).abs()
+    assert 0 < float(off.max()) < 0.02
+    assert len(chunks(make_policy(precision='w4a8'), observations[:1])) == 1
+
+
+def test_a_budget_for_a_recipe_that_spends_none_is_refused(model, frames_path, capsys):
+    assert command(model, frames_path, '--recipe', 'rtn', '--budget', '1') == 2
+    assert 'gives every layer the same width' in capsys.readouterr().err
 
 
 def test_unknown_recipe_is_a_sentence(model, frames_path, capsys):

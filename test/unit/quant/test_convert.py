@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every recipe quantizes a network; the better ones beat plain rounding where outliers stand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy import WIDTH, ToyNet, directions, frames, runner, toy_sites
 
 from quantvla_ros.kernels.weights import MixedWeight, dequantize
-from quantvla_ros.quant.convert import (
-    quantize_linear,
-    quantize_net,
-    recipe_layout,
-    token_noise,
-)
-from quantvla_ros.quant.fit import Fit, fit_transform, trial_error
+from quantvla_ros.quant.convert import quantize_net, recipe_layout
+from quantvla_ros.quant.convert_layer import quantize_linear, quantize_stacked
+from quantvla_ros.quant.fit import fit_transform, token_noise, trial_error
 from quantvla_ros.quant.linear import QuantLinear, denoising_step
 from quantvla_ros.quant.observe import InputStatistics, observe
 from quantvla_ros.quant.recipes import RECIPES, Gptq, Hadamard, Recipe, Search, Smooth
 from quantvla_ros.quant.rounding import gptq
-from quantvla_ros.quant.scheme import PerRow, PerStep, parse_scheme
+from quantvla_ros.quant.scheme import PerRow, PerStep, PerTensor, parse_scheme
 from quantvla_ros.quant.simulate import SimulatedLinear, round_tokens, simulate
 from quantvla_ros.quant.transforms import InputTransform
 
@@ -115,6 +113,17 @@ def test_steps_have_their_own_scale_only_inside_the_loop():
     assert not any(isinstance(layer.scheme.act, PerStep) for layer in outside.values())
 
 
+def test_a_static_scale_covers_the_percentile_of_all_tokens():
+    net = ToyNet()
+    recipe = replace(RECIPES['rtn'], act=PerTensor())
+    layers = quantize_net(net, toy_sites(net), recipe, parse_scheme('w8a8'), run_steps(net))
+    x = frames().flatten()
+    scale = layers['blocks.0.up'].act_scales
+    assert scale.shape == (1,)
+    assert float(scale) * 127 == pytest.approx(float(x.abs().quantile(0.999)), rel=0.05)
+    assert error(net) < 0.05
+
+
 def test_sensitive_inputs_stay_one_width_higher():
     net = ToyNet()
     layout = recipe_layout(RECIPES['onboard'], toy_sites(net), parse_scheme('w4a4'))
@@ -171,28 +180,9 @@ def offset_layer():
     return weight, seen, x
 
 
-def layer_output_error(rounding, precision='w4a8'):
-    weight, seen, x = offset_layer()
-    recipe = Recipe('one', '', '', '', rounding=rounding)
-    layer = quantize_linear(recipe, weight, None, seen, parse_scheme(precision))
-    return (SimulatedLinear(layer)(x) - x @ weight.T), x
-
-
-def test_centring_leaves_no_mean_error():
-    plain, _ = layer_output_error(Gptq(search=False))
-    centred, _ = layer_output_error(Gptq(search=False, centre=True))
-    assert float(centred.mean(0).abs().max()) < 0.05 * float(plain.mean(0).abs().max())
-
-
-def test_refit_lowers_the_error_of_rows_that_were_clipped():
-    plain, _ = layer_output_error(Gptq())
-    refit, _ = layer_output_error(Gptq(refit=True))
-    assert float(refit.pow(2).sum()) < float(plain.pow(2).sum())
-
-
 def test_noise_of_tokens_is_that_of_their_rounding():
     _, seen, x = offset_layer()
-    found = token_noise(Fit(InputTransform()), seen, parse_scheme('w4a4'))
+    found = token_noise(InputTransform(), seen, parse_scheme('w4a4'))
     true = (round_tokens(x, 4) - x).double().pow(2).mean()
     assert found == pytest.approx(float(true), rel=0.1)
 
@@ -200,7 +190,7 @@ def test_noise_of_tokens_is_that_of_their_rounding():
 def test_noisy_gptq_rounds_with_the_hessian_of_rounded_tokens():
     weight, seen, _ = offset_layer()
     scheme = parse_scheme('w4a4')
-    noise = token_noise(Fit(InputTransform()), seen, scheme)
+    noise = token_noise(InputTransform(), seen, scheme)
     layers = [
         quantize_linear(Recipe('one', '', '', '', rounding=Gptq(search=False, noisy=noisy)),
                         weight, None, seen, scheme)
@@ -209,3 +199,32 @@ def test_noisy_gptq_rounds_with_the_hessian_of_rounded_tokens():
     expected = gptq(weight, seen.hessian + noise * torch.eye(64), 4, PerRow(), search=False)
     torch.testing.assert_close(dequantize(layers[0].weight), expected.dequantized())
     assert not torch.equal(layers[0].weight.data, layers[1].weight.data)
+
+
+def test_layers_that_read_the_same_input_share_one_transform():
+    net = ToyNet()
+    net.blocks[0].down_proj = torch.nn.Linear(64, 64, bias=False)  # reads what up reads
+    net.blocks[0].forward = lambda x: x + net.blocks[0].up(x)[..., :64] + net.blocks[0].down_proj(
+        x)
+    recipe = replace(RECIPES['onboard'], raise_sensitive=False)
+    layers = quantize_net(net, toy_sites(net), recipe, parse_scheme('w4a4'), runner(net),
+                          losses=lambda: directions(net))
+    one, two = (layers[f'blocks.0.{name}'].transform for name in ('up', 'down_proj'))
+    assert one.tensors().keys() == two.tensors().keys() and one.hadamards() == two.hadamards()
+    assert all(torch.equal(t, two.tensors()[name]) for name, t in one.tensors().items())
+    # each has its own tensors, so that a file can hold both
+    assert all(t.data_ptr() != two.tensors()[name].data_ptr() for name, t in one.tensors().items())
+    assert one.tensors() or one.hadamards() == [64]
+
+
+def test_layers_quantized_together_are_those_quantized_alone():
+    net, recipe, scheme = ToyNet(), RECIPES['onboard'], parse_scheme('w4a4')
+    seen = observe(net, ['blocks.0.up'], runner(net))['blocks.0.up']
+    weight, bias = net.blocks[0].up.weight, net.blocks[0].up.bias
+    transform = fit_transform(recipe, weight, seen, scheme).transform
+    stacked = quantize_stacked(recipe, [weight[:40], weight[40:]], [bias[:40], None], seen, scheme,
+                               transform=transform)
+    alone = quantize_linear(recipe, weight, bias, seen, scheme, transform=transform)
+    assert torch.equal(torch.cat([s.weight.data for s in stacked]), alone.weight.data)
+    assert torch.equal(torch.cat([s.weight.scales for s in stacked]), alone.weight.scales)
+    assert torch.equal(stacked[0].bias, bias[:40]) and stacked[1].bias is None

@@ -7,7 +7,13 @@ from torch.testing import assert_close
 from toy import ToyNet, frames, runner
 
 from quantvla_ros.quant.linear import denoising_step
-from quantvla_ros.quant.observe import SAMPLE_TOKENS, InputStatistics, observe, spread
+from quantvla_ros.quant.observe import (
+    SAMPLE_TOKENS,
+    InputStatistics,
+    observe,
+    same_inputs,
+    spread,
+)
 
 
 def test_sums_are_those_of_all_tokens():
@@ -61,14 +67,15 @@ def test_inputs_of_a_later_block_are_what_the_earlier_one_gave():
     assert_close(seen['blocks.1.up'].absmax, net.blocks[0](x[0]).abs().amax(0))
 
 
-def test_guide_shares_the_trace_with_the_hessian():
-    seen = InputStatistics(4)
-    seen.add(torch.eye(4))
-    seen.guide = 100 * torch.diag(torch.tensor([1.0, 0, 0, 0])).double()
-    assert float(seen.guided.diagonal().sum()) == pytest.approx(
-        float(seen.hessian.diagonal().sum())
-    )
-    assert seen.guided[0, 0] > seen.guided[1, 1] > 0
+def test_layers_that_read_the_same_tokens_are_found():
+    net = ToyNet()
+    net.blocks[0].gate = torch.nn.Linear(64, 16)
+    net.blocks[0].up.register_forward_hook(lambda _, x, y: net.blocks[0].gate(x[0]) is None or y)
+    names = ['blocks.0.up', 'blocks.0.gate', 'blocks.0.down_proj', 'blocks.1.up']
+    groups = same_inputs(observe(net, names, runner(net)))
+    assert sorted(map(sorted, groups)) == [
+        ['blocks.0.down_proj'], ['blocks.0.gate', 'blocks.0.up'], ['blocks.1.up'],
+    ]
 
 
 def test_spread_takes_first_and_last():

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantvla_ros.quant.pack import absmax_scale
-from quantvla_ros.quant.rounding import gptq, layer_error, round_nearest
+from quantvla_ros.quant.rounding import (
+    expected_error,
+    gptq,
+    gptq_searched,
+    layer_error,
+    round_nearest,
+    row_output_errors,
+)
 from quantvla_ros.quant.scheme import PerGroup, PerRow, PerTensor, qmax
 
 
@@ -81,6 +88,34 @@ def test_an_input_that_never_fires_is_rounded_to_nearest():
     rounded = gptq(w, h, 4, PerRow(), search=False)
     scale = absmax_scale(w.float(), 4, PerRow())[:, 0]
     assert torch.equal(rounded.codes[:, 5].float(), (w[:, 5].float() / scale).round())
+
+
+def test_each_row_keeps_the_clip_with_the_least_output_error():
+    w, h = problem(5, 12, 64, tokens=256)
+    w[:6, 3] *= 6  # an outlier that is worth clipping or not
+    clips = (1.0, 0.8, 0.6)
+    alone = torch.stack([
+        row_output_errors(w, gptq_searched(w, h, 3, [clip]).dequantized(), h) for clip in clips
+    ])
+    found = row_output_errors(w, gptq_searched(w, h, 3, clips).dequantized(), h)
+    torch.testing.assert_close(found, alone.amin(0))
+    assert len(set(alone.argmin(0).tolist())) > 1
+
+
+def test_noise_of_tokens_adds_its_own_error_to_the_expected_one():
+    w, h = problem(6, 8, 32, tokens=4000)
+    g = torch.Generator().manual_seed(1)
+    noise = 0.3 * float(h.diagonal().mean())
+    n = noise**0.5 * torch.randn(20_000, 32, generator=g, dtype=torch.float64)
+    found = float((n @ w.T).pow(2).sum(1).mean())
+    assert found == pytest.approx(expected_error(w, h, noise, 16), rel=0.03)
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_the_expected_error_is_near_what_gptq_leaves(bits):
+    w, h = problem(7, 32, 64, tokens=1000)
+    found = layer_error(w, gptq(w, h, bits, PerRow(), search=False, damp=0).dequantized(), h)
+    assert found == pytest.approx(expected_error(w, h, 0.0, bits, damp=0.0), rel=0.25)
 
 
 @pytest.mark.parametrize(
