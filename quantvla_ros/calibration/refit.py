@@ -66,7 +66,8 @@ def _static(
     note(len(observations))
     return {
         name: replace(layers[name], act_scales=static_scales(
-            seen[name], layers[name].transform, layers[name].scheme.act_bits))
+            seen[name], layers[name].transform, layers[name].scheme.act,
+            layers[name].scheme.act_bits))
         for name in names if name in seen and seen[name].steps
     }
 
