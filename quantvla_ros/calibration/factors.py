@@ -126,6 +126,16 @@ def raw_factors(statistics: PairStatistics) -> dict[str, Tensor]:
     return {'ratio': statistics.ratio(), 'least_squares': statistics.least_squares()}
 
 
+def raw_values(seen: Seen) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Return kind -> form -> attention -> factors before band and clip, for the report."""
+    def of(statistics: Mapping[str, PairStatistics], form: str) -> dict[str, list[float]]:
+        return {name: [round(float(v), 6) for v in raw_factors(found)[form]]
+                for name, found in statistics.items()}
+
+    return {kind: {form: of(statistics, form) for form in FORMS}
+            for kind, statistics in (('alpha', seen.alphas), ('beta', seen.betas))}
+
+
 @dataclass(frozen=True)
 class Choice:
     """What came out of a search: form, factors, and mean errors in rad while searching."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -54,7 +55,7 @@ def make_report(report: Report) -> tuple[str, dict[str, Any]]:
         'evidence': calibration.evidence.document(),
         'details': {key: dict(value) for key, value in outcome.details.items()},
         'questions': [asdict(question) for question in outcome.questions],
-        'proposed': outcome.proposed,
+        'found': outcome.found,
         'kept': {'alpha': _lists(calibration.alpha), 'beta': _lists(calibration.beta),
                  'layers': sorted(calibration.layers)},
         'precisions': {name: asdict(found) for name, found in report.others.items()},
@@ -132,21 +133,23 @@ def _joints(report: Report) -> str:
 
 
 def _factor_plots(report: Report) -> list[str]:
-    """alpha by head and beta by attention: both forms as proposed, and what was kept."""
+    """alpha by head and beta by attention: both forms before the band, and what was kept."""
     calibration, parts = report.outcome.calibration, []
-    for kind, kept in (('alpha', calibration.alpha), ('beta', calibration.beta)):
-        forms = report.outcome.proposed.get(kind, {})
-        names = sorted({name for found in forms.values() for name in found} | set(kept))
-        called = 'Alpha of each head' if kind == 'alpha' else 'Beta of each attention'
-        parts.append(f'<h2>{called}</h2>')
-        if not names:
-            parts.append('<p>None was proposed outside the neutral band.</p>')
-            continue
-        rows = {name: {'ratio': forms.get('ratio', {}).get(name, []),
-                       'least squares': forms.get('least_squares', {}).get(name, []),
-                       'kept': [float(v) for v in kept.get(name, ())]} for name in names}
-        reach = report.outcome.calibration.provenance['settings']['clip'] or 0.4
-        parts += [svg.legend(('ratio', 'least squares', 'kept')), svg.factors(rows, reach)]
+    settings = calibration.provenance['settings']
+    for kind, called, kept in (('alpha', 'Alpha of each head', calibration.alpha),
+                               ('beta', 'Beta of each attention', calibration.beta)):
+        forms = report.outcome.found[kind]
+        rows = {name: {'ratio': forms['ratio'][name],
+                       'least squares': forms['least_squares'][name],
+                       'kept': [float(v) for v in kept.get(name, ())]} for name in forms['ratio']}
+        reach = max((abs(math.log(v)) for row in rows.values() for values in row.values()
+                     for v in values if v > 0), default=0.0)
+        reach = max(1.1 * reach, 2 * settings['neutral'], 0.01)
+        parts += [
+            f'<h2>{called}</h2><p>The line is 1, the ends are a factor of '
+            f'{math.exp(-reach):.3f} and {math.exp(reach):.3f}; within a factor of '
+            f'{math.exp(settings["neutral"]):.3f} nothing is changed.</p>',
+            svg.legend(('ratio', 'least squares', 'kept')), svg.factors(rows, reach)]
     return parts
 
 

@@ -66,13 +66,13 @@ class Question:
 class Outcome:
     """A calibration, and everything that the report shows beside it.
 
-    proposed: kind -> form -> attention -> factors in the band. details: of evidence.details, by
-    'floor', 'before', 'after'. floor: chunks of another noise seed.
+    found: kind -> form -> attention -> factors before band and clip. details: of
+    evidence.details, by 'floor', 'before', 'after'. reference: what float does.
     """
 
     calibration: Calibration
     questions: tuple[Question, ...]
-    proposed: Mapping[str, Mapping[str, Mapping[str, list[float]]]]
+    found: Mapping[str, Mapping[str, Mapping[str, list[float]]]]
     details: Mapping[str, Mapping[str, Any]]
     reference: Played
 
@@ -149,11 +149,10 @@ class CalibrationRun:
             teacher, student, opened.sites.attentions, self._measured(opened),
             self.frames.fit, self.settings.seed, w.stage('side by side', w.TEACHER + w.STUDENT),
         )
-        factors, proposed = self._factors(
-            teacher, student, opened, layers, seen, reference, tests)
+        factors = self._factors(teacher, student, opened, layers, seen, reference, tests)
         after = self._judged(student, 'calibrated, held-out frames')
         return self._outcome(
-            opened, factors, refitted, seen, proposed, reference, floor, before, after)
+            opened, factors, refitted, seen, reference, floor, before, after)
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -229,14 +228,13 @@ class CalibrationRun:
     def _factors(
         self, teacher: LiberoVla, student: LiberoVla, opened: Opened,
         layers: Mapping[str, QuantizedLayer], seen: Seen, reference: Played, tests: int,
-    ) -> tuple[fa.Factors, dict[str, dict[str, dict[str, list[float]]]]]:
+    ) -> fa.Factors:
         """Choose alpha and beta on fitted frames, and ask the held-out ones."""
         w, kept = self._work, fa.Factors()
-        proposed: dict[str, dict[str, dict[str, list[float]]]] = {}
         kinds = [kind for kind in KINDS if kind in self.settings.learn]
         foldable = fa.Foldable(student.net, opened.sites, layers, self._make)
         if not kinds or not foldable.sites.attentions:
-            return kept, proposed
+            return kept
         some = _spread(self.frames.fit, self.settings.search_frames)
         note = w.stage('float, search frames', w.TEACHER)
         goal = play(teacher, encode(teacher, some, self.settings.seed), note)
@@ -249,8 +247,6 @@ class CalibrationRun:
                    for kind in kinds}
         # what weighs most comes first: beside a large error a small gain cannot be told
         for kind in fa.by_weight(foldable, options, errors):
-            proposed[kind] = {form: {name: _numbers(t) for name, t in found.items()}
-                              for form, found in options[kind].items()}
             choice = fa.choose(foldable, kept, kind, options[kind], errors)
             if not choice.factors:
                 self._questions.append(Question(
@@ -266,12 +262,11 @@ class CalibrationRun:
             if self._ask(name, old, new, tests, choice.errors_rad):
                 kept = trial
             foldable.set(kept)
-        return kept, proposed
+        return kept
 
     def _outcome(
         self, opened: Opened, factors: fa.Factors, refitted: dict[str, QuantizedLayer],
-        seen: Seen, proposed: Mapping[str, Any], reference: Played, floor: Played,
-        before: Played, after: Played,
+        seen: Seen, reference: Played, floor: Played, before: Played, after: Played,
     ) -> Outcome:
         execute = self.contract.action.execute
         stood = standing(self.frames.held_out, self.contract)
@@ -290,7 +285,7 @@ class CalibrationRun:
             layers=refitted,
         )
         return Outcome(
-            calibration, tuple(self._questions), proposed,
+            calibration, tuple(self._questions), fa.raw_values(seen),
             {name: ev.details(found, reference, execute) for name, found in judged.items()},
             reference,
         )
@@ -304,10 +299,6 @@ def with_provenance(outcome: Outcome, provenance: Mapping[str, Any]) -> Outcome:
 def _spread(observations: Sequence[Observation], count: int) -> list[Observation]:
     chosen = np.linspace(0, len(observations) - 1, min(count, len(observations)))
     return [observations[i] for i in chosen.round().astype(int)]
-
-
-def _numbers(values: torch.Tensor) -> list[float]:
-    return [round(float(value), 6) for value in values]
 
 
 def standing(observations: Sequence[Observation], contract: Contract) -> np.ndarray:

@@ -36,7 +36,8 @@ def factors(rows: Mapping[str, Mapping[str, Sequence[float]]], reach: float) -> 
         body.append(f'<text x="0" y="{y + 4:.1f}">{html.escape(name)}</text>')
         for colour, (label, values) in zip(COLOURS, series.items(), strict=False):
             for number, value in enumerate(values):
-                x = middle + math.log(value) / reach * WIDTH / 2
+                log = math.log(value) if value > 0 else -reach
+                x = middle + max(-reach, min(reach, log)) / reach * WIDTH / 2
                 body.append(
                     f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}" '
                     f'fill-opacity="0.7"><title>{html.escape(label)} {number}: {value:.4f}'

@@ -22,6 +22,7 @@ from quantvla_ros.quant.calibrated import FOLDER, load_calibration
 from quantvla_ros.resources import share_path
 
 SMALL = ('--frames', '10', '--held-out', '8', '--threads', '1', '--nice', '0')
+QUICK = ('--learn', 'activations')  # asks nothing that this artifact could answer
 
 
 @pytest.fixture(scope='session')
@@ -68,7 +69,9 @@ def started(words):
     yield start
     for child in made:
         child.kill()
-        child.communicate()
+        child.wait()
+        for pipe in (child.stdin, child.stdout, child.stderr):
+            pipe.close()
 
 
 def until(child, stage):
@@ -106,7 +109,7 @@ def test_killed_it_leaves_nothing_and_the_next_run_is_fine(started, words, model
     child.kill()
     child.wait()
     assert beside(model) == []
-    assert main(words) == 0
+    assert main([*words, *QUICK]) == 0
     assert beside(model) == ['kitchen']
 
 
@@ -128,10 +131,10 @@ def test_it_ends_with_whoever_started_it(started, model):
 
 
 def test_a_full_disk_is_told_and_leaves_the_old_one(started, words, model):
-    assert main(words) == 0
+    assert main([*words, *QUICK]) == 0
     document = model / 'w8a8' / FOLDER / 'kitchen' / 'calibration.json'
     before = document.read_bytes()
-    child = started('--seed', '1', limit=1500)
+    child = started('--seed', '1', *QUICK, limit=1500)
     said = [json.loads(line) for line in child.stdout]
     assert child.wait(timeout=60) == 2
     assert 'could not be written' in said[-1]['error'] and 'as it was' in said[-1]['error']
