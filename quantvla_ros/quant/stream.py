@@ -34,7 +34,7 @@ from quantvla_ros.quant.sites import ACTION, PolicySites
 
 Read = Callable[[str], Tensor]
 Take = Callable[[str, QuantizedLayer], None]
-ROWS = 1024  # rows of a weight that are in float32 at once while it is rounded to nearest
+NUMBERS = 1 << 19  # of a weight in float32 at once while it is rounded: they fit a cache
 LOOPED = (*ACTION, 'modulation', 'head')  # groups that run again and again within one chunk
 
 
@@ -99,7 +99,7 @@ def nearest_layer(
     scheme = layer_scheme(recipe, scheme, unseen)
     bits, granularity = scheme.weight_bits, scheme.weight
     parts = []
-    for rows in weight.split(ROWS):
+    for rows in weight.split(max(1, NUMBERS // weight.shape[1])):
         rounded = round_nearest(rows.float(), bits, granularity)
         parts.append(packed(rounded.codes, rounded.scale, bits, granularity))
     return QuantizedLayer(scheme, stack(parts), None if bias is None else bias.float())

@@ -124,7 +124,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 def test_a_jax_checkpoint_is_told_how_to_be_converted(tmp_path):
     (tmp_path / 'params').mkdir()
-    with pytest.raises(CheckpointError, match='convert_jax_model_to_pytorch'):
+    with pytest.raises(CheckpointError, match='quantvla convert'):
         identify(tmp_path)
 
 
