@@ -62,6 +62,7 @@ def examine(contract: str, model: str) -> Iterator[Finding]:
     yield compiler()
     yield Finding(OK, 'cpu', cpu_flags())
     yield from kernels()
+    yield gpu()
     yield from checked('contract', contract, check_contract)
     if model:
         yield from model_findings(model, contract)
@@ -173,6 +174,18 @@ def kernels() -> Iterator[Finding]:
     for name, text in about.items():
         level = NOTE if reference and name == 'kernels' else OK
         yield Finding(level, 'kernels', text if name == 'kernels' else f'{name}: {text}')
+
+
+def gpu() -> Finding:
+    """Tell the card, and whether its kernels can be compiled; Triton itself is not loaded."""
+    if importlib.util.find_spec('torch') is None:
+        return Finding(NOTE, 'gpu', 'no torch, so no device: cuda')
+    cuda = importlib.import_module('torch').cuda
+    if not cuda.is_available():
+        return Finding(NOTE, 'gpu', 'none that torch can use; everything runs on the CPU')
+    if importlib.util.find_spec('triton') is None:
+        return Finding(BAD, 'gpu', f'{cuda.get_device_name()}, without Triton; pip install triton')
+    return Finding(OK, 'gpu', cuda.get_device_name())
 
 
 def check_contract(name: str) -> str:

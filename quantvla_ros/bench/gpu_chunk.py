@@ -117,7 +117,7 @@ def free() -> None:
 
 def eager(setting: Setting, bench: Bench) -> dict[str, Any]:
     """The modules as they stand, launched one by one."""
-    model = network(setting, bench).to_empty(device=bench.device).to(bench.dtype).eval()
+    model = network(setting, bench).to(bench.dtype).to_empty(device=bench.device).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     c, steps = model.config, min(setting.steps, 2) if bench.dry else setting.steps

@@ -30,7 +30,7 @@ from quantvla_ros.kernels.cuda.launch import (
 )
 from quantvla_ros.kernels.cuda.pack import DeviceWeight, stack_rows, to_device
 from quantvla_ros.policies.cuda_source import Source
-from quantvla_ros.quant.linear import KERNEL_HADAMARD, QuantizedLayer
+from quantvla_ros.quant.linear import KERNEL_HADAMARD, QuantizedLayer, kernel_transform
 from quantvla_ros.quant.transforms import InputTransform, from_tensors
 
 
@@ -104,23 +104,6 @@ class FloatProjection:
             torch.mm(tokens.data, self.weight.T, out=out)
 
 
-def kernel_part(transform: InputTransform) -> tuple[Tensor | None, bool] | None:
-    """A transform as the kernels fuse it: (multipliers (K,) or None, rotated or not); or None."""
-    multipliers, rotated = None, False
-    link: InputTransform | None = transform
-    while link is not None:
-        wild = link.permutation is not None or link.blocks is not None
-        more = rotated and (link.diagonal is not None or link.hadamard != 0)
-        if wild or more or link.hadamard not in (0, KERNEL_HADAMARD):
-            return None
-        if link.diagonal is not None:
-            own = 1.0 / link.diagonal.float()
-            multipliers = own if multipliers is None else multipliers * own
-        rotated = rotated or link.hadamard == KERNEL_HADAMARD
-        link = link.then
-    return multipliers, rotated
-
-
 class IntegerProjection:
     """A quantized linear on the integer kernels.
 
@@ -140,14 +123,14 @@ class IntegerProjection:
         self.n, self.k = self.weight.shape
         self.act_bits = layer.scheme.act_bits
         self.static = None if layer.act_scales is None else layer.act_scales.float().to(device)
-        fused = kernel_part(layer.transform)
+        fused = kernel_transform(layer.transform)
         self.before: InputTransform | None = None
         self.rotate, self.diagonal = False, None
         if fused is None:
             moved = {name: t.to(device) for name, t in layer.transform.tensors().items()}
             self.before = from_tensors(moved, layer.transform.hadamards())
         else:
-            self.rotate = fused[1]
+            self.rotate = fused[1] == KERNEL_HADAMARD
             self.diagonal = None if fused[0] is None else fused[0].to(device)
         self.machine, self.dtype = machine, dtype
 

@@ -49,9 +49,8 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(JITFunction, 'run', compile_only)
     monkeypatch.setattr(launch, 'chip_of', lambda device: resources.chip(90))
-    driver.set_active(Card())
-    yield seen
-    driver.reset_active()
+    monkeypatch.setattr(driver, '_active', Card())
+    return seen
 
 
 @pytest.mark.parametrize(('family', 'precision', 'pdl'), [

@@ -12,10 +12,8 @@ from quantvla_ros.kernels import reference
 from quantvla_ros.kernels.cuda import launch, launch_attention
 from quantvla_ros.policies import flow, savings
 from quantvla_ros.policies.base import DeviceError
-from quantvla_ros.policies.cuda_parts import kernel_part
 from quantvla_ros.policies.loading import HeldLayer
 from quantvla_ros.quant.linear import QuantLinear, replace_linears
-from quantvla_ros.quant.transforms import InputTransform
 
 FAMILIES = list(tiny.MODELS)
 
@@ -23,18 +21,6 @@ FAMILIES = list(tiny.MODELS)
 def served(made, images, words, state, noise, guidance=None):
     scene = made.prefix(images, words.tolist(), state)
     return made.chunk(scene, noise, guidance)
-
-
-def test_what_the_kernels_fuse_of_a_transform():
-    d, swap = torch.rand(64) + 0.5, torch.randperm(64)
-    plain = InputTransform(d).followed_by(InputTransform(hadamard=64))
-    multipliers, rotated = kernel_part(plain)
-    assert rotated and torch.allclose(multipliers, 1 / d)
-    assert kernel_part(InputTransform()) == (None, False)
-    for other in (InputTransform(permutation=swap), InputTransform(hadamard=32),
-                  InputTransform(hadamard=64).followed_by(InputTransform(d)),
-                  InputTransform(blocks=torch.eye(64)[None])):
-        assert kernel_part(other) is None
 
 
 @pytest.mark.parametrize('family', FAMILIES)

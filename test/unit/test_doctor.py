@@ -40,6 +40,19 @@ def test_kernels_are_told_line_by_line(capsys):
     assert 'kernel path scalar' in out and '{' not in out
 
 
+def test_gpu_without_triton_is_bad(monkeypatch):
+    cuda = doctor.importlib.import_module('torch').cuda
+    monkeypatch.setattr(cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(cuda, 'get_device_name', lambda: 'a card')
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, 'find_spec',
+                        lambda name: None if name == 'triton' else find(name))
+    assert doctor.gpu() == doctor.Finding(
+        doctor.BAD, 'gpu', 'a card, without Triton; pip install triton')
+    monkeypatch.setattr(cuda, 'is_available', lambda: False)
+    assert doctor.gpu().level == doctor.NOTE
+
+
 def test_folder_without_weights_is_no_model(capsys, tmp_path):
     status, out = run(capsys, model=str(tmp_path))
     assert status == 1

@@ -77,6 +77,7 @@ def test_pip_install_puts_files_where_ros_looks(source, tmp_path):
     check_prefix(prefix)
     assert (prefix / 'bin/quantvla').is_file()
     (site,) = prefix.glob('lib*/python*/site-packages')
+    assert (site / 'quantvla_ros/kernels/cuda/tiles.json').is_file()
     check_starter(prefix, site)
 
 

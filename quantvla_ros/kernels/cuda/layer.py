@@ -7,6 +7,8 @@ Hopper's matrix units have none either. A plan (policies/cuda_*.py) fuses more t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,9 @@ class CudaLayer(Layer):
         self.weight = to_device(weight, device)
         self.up = None if up is None else to_device(up, device)
         self.options = options
-        self.take = Take(options.act_bits, self.weight.padded[1], options.hadamard == 64)
+        diagonal = None if options.diagonal is None else options.diagonal.float().to(device)
+        self.take = Take(options.act_bits, self.weight.padded[1], options.hadamard == 64,
+                         diagonal=diagonal)
         self._bias = None if bias is None else bias.float().to(device)
         self._up_bias = None if up_bias is None else up_bias.float().to(device)
         self.nbytes = self.weight.nbytes + (self.up.nbytes if self.up else 0)
@@ -65,7 +69,7 @@ class CudaLayer(Layer):
         y = torch.empty(len(rows), self.n, dtype=x.dtype, device=x.device)
         if len(rows):
             static = None if act_scale is None else torch.tensor([act_scale], device=x.device)
-            take = Take(self.take.act_bits, self.take.kp, self.take.rotate, static)
+            take = replace(self.take, static=static)
             tokens = Tokens(
                 torch.empty(len(rows), take.kp, dtype=torch.int8, device=x.device),
                 torch.empty(len(rows), device=x.device))
