@@ -176,7 +176,11 @@ def model_hash(settings: Settings, variant: Variant) -> str:
     folder = Path(settings.model) if settings.model else share_path(f'models/{settings.policy}')
     files = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix != '.md']
     own = [p for p in files if variant.precision in str(p.relative_to(folder))]
-    return _hash_files([p for p in files if p.parent == folder or p in own])
+    deciding = [p for p in files if p.parent == folder or p in own]
+    elsewhere = Path(variant.precision)  # an artifact that does not lie beside the checkpoint
+    if elsewhere.is_dir():
+        deciding += sorted(p for p in elsewhere.rglob('*') if p.is_file())
+    return _hash_files(deciding)
 
 
 def scene_hash(scene: Scene) -> str:

@@ -51,6 +51,15 @@ def test_another_setting_never_meets_an_old_outcome():
     assert evaluate.Keys(settings)[Episode(Variant(), 'libero_object', 2, 0, 9)] != key
 
 
+def test_an_artifact_elsewhere_decides_the_key_too(tmp_path):
+    artifact = tmp_path / 'w8a8'
+    artifact.mkdir()
+    (artifact / 'artifact.json').write_text('1')
+    before = evaluate.model_hash(Settings(), Variant(str(artifact)))
+    (artifact / 'artifact.json').write_text('2')
+    assert evaluate.model_hash(Settings(), Variant(str(artifact))) != before
+
+
 def test_the_player_sees_the_light_that_was_asked_for():
     episode = Episode(Variant(), 'libero_object', 2, 0, 8)
     means = []

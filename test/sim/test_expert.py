@@ -13,6 +13,7 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings, make_policy
 from quantvla_ros.sim.expert import Expert
+from quantvla_ros.sim.grasps import TWISTED, choose_grasp
 from quantvla_ros.sim.scenes import load_scene
 from quantvla_ros.sim.starts import StartSampler
 from quantvla_ros.sim.world import CLOSE, OPEN, World
@@ -60,21 +61,32 @@ def test_the_expert_turns_the_knob_of_a_stove():
     assert solve(stove, Expert(stove), None, 200)
 
 
-@pytest.mark.parametrize(('task', 'most'), [(('libero_goal', 3), 230), (('libero_spatial', 4), 150)])
-def test_the_expert_takes_no_detour_at_a_drawer(task, most):
-    """Opened with the other of two equal hands it took 250 steps; twisted grasps missed."""
-    drawer = World(load_scene(*task))
+def test_the_expert_opens_a_drawer_with_the_hand_that_turns_less():
+    """With the other of two equal hands it took 250 steps."""
+    drawer = World(load_scene('libero_goal', 3))
     start(drawer, 1)
-    assert solve(drawer, Expert(drawer), None, most)
+    assert solve(drawer, Expert(drawer), None, 230)
 
 
-def test_a_thing_that_is_knocked_over_lies_down():
+def test_a_thing_in_a_drawer_is_taken_without_twisting_the_arm():
+    """The elbow of a twisted arm hits the cabinet, and the hand misses."""
+    drawer = World(load_scene('libero_spatial', 4))
+    for seed in range(3):
+        start(drawer, seed)
+        expert = Expert(drawer)
+        grasp = choose_grasp(expert.around, expert.arm, drawer.scene.goal[0][1])
+        assert np.abs(grasp.joints - expert.arm.home).max() < TWISTED
+
+
+def test_what_is_knocked_over_lies_down_more_often_than_not():
     bottle = World(load_scene('libero_goal', 9))
-    start(bottle, 0)
-    body = bottle.thing_body('wine_bottle_1')
-    upright = bottle.data.xmat[body].reshape(3, 3).T @ [0.0, 0.0, 1.0]
-    assert prelude('toppled', bottle, np.random.default_rng(0), 300)
-    assert (bottle.data.xmat[body].reshape(3, 3) @ upright)[2] < 0.5
+    body, lying = bottle.thing_body('wine_bottle_1'), 0
+    for seed in range(4):
+        start(bottle, seed)
+        upright = bottle.data.xmat[body].reshape(3, 3).T @ [0.0, 0.0, 1.0]
+        assert prelude('toppled', bottle, np.random.default_rng(seed), 300)
+        lying += (bottle.data.xmat[body].reshape(3, 3) @ upright)[2] < 0.7
+    assert lying >= 2
 
 
 def test_starts_are_the_same_with_the_official_states_replaced_by_nan(world):

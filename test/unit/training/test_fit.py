@@ -136,7 +136,8 @@ def test_what_is_left_out_is_left_out(folder):
     images, _, state, _ = plain.draw()
     known = to_network(plain.data.images)
     assert all(any(torch.equal(image, frame) for frame in known) for image in images)
-    truth, _ = plain.normalize(*plain.data.labels(torch.arange(len(known)), plain.net.config.chunk))
+    every = plain.data.labels(torch.arange(len(known)), plain.net.config.chunk)
+    truth, _ = plain.normalize(*every)
     assert all(any(torch.equal(one, row) for row in truth) for one in state)
     plain.learn(0.1)
     for name, value in plain.net.state_dict().items():
