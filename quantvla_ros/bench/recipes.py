@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='report.json of `quantvla eval`, to fill the success column')
     add('--json', type=Path, default=None,
         help='keep every cell here as it is done; cells that it holds are not measured again')
+    add('--show', action='store_true', help='print what --json holds and measure nothing')
     add('--redo', default='', metavar='RECIPES', help='measure these again all the same')
 
 
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
     with torch.no_grad():
         for name in names:
             one: Subject | None = None
-            if (name, FLOOR, 'float') not in done.rows:
+            if (name, FLOOR, 'float') not in done.rows and not args.show:
                 one = subject(args, frames, name)
                 for row in one.float_rows():
                     add(row)
@@ -183,10 +184,11 @@ def run(args: argparse.Namespace) -> int:
             for cell in cells:
                 key = (name, cell.recipe, cell.precision)
                 shown.append(key)
-                if done.find(key, cell.made_by) is None or cell.recipe in redo:
+                found = done.find(key, cell.made_by) is not None and cell.recipe not in redo
+                if not found and not args.show:
                     one = one or subject(args, frames, name)
                     add(cell.measure(one))
-    rows = [asdict(done.rows[key]) for key in shown]
+    rows = [asdict(done.rows[key]) for key in shown if key in done.rows]
     print('\n' + report.table(rows, success))
     for column, title in MATRICES.items():
         print(f'{title}\n\n{report.matrix(rows, column, floats=column == "mean_mrad")}')

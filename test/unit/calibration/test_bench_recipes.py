@@ -46,6 +46,9 @@ def test_a_second_run_measures_only_what_is_missing(rows, capsys):
     assert 'smoothquant' in said and 'rtn' not in said
     rows('--precisions', 'w4a4', '--recipes', 'rtn', '--models', 'policy', '--redo', 'rtn')
     assert 'rtn' in capsys.readouterr().out.split('**policy**')[0]
+    assert rows('--show') == rows('--show', '--models', 'policy')
+    shown = capsys.readouterr().out
+    assert '| smoothquant | w4a4 |' in shown and '| gptq |' not in shown
 
 
 def test_ablation_measures_every_layout(rows):
