@@ -280,6 +280,25 @@ def read_artifact(
             f'{folder} was made for checkpoint {provenance.checkpoint[:12]}, the model is '
             f'{checkpoint[:12]}; quantize this model again'
         )
+    path, sha256 = folder / TENSOR_NAME, _verified(folder, document)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f'{path} is damaged: {error}') from error
+    return Artifact(_layers(document['layers'], tensors, sites), provenance, sha256)
+
+
+def verify_artifact(folder: Path) -> None:
+    """Hash the tensors again, after a policy was made of them; raises ArtifactError.
+
+    What is read shares memory with the file until it is packed, so a file that somebody writes to
+    meanwhile is only noticed afterwards.
+    """
+    _verified(folder, _document(folder))
+
+
+def _verified(folder: Path, document: Mapping[str, Any]) -> str:
+    """Return the hash of the tensors, which is what the document says."""
     path = folder / TENSOR_NAME
     if not path.is_file():
         raise ArtifactError(f'{folder} lacks {TENSOR_NAME}; copy the artifact again')
@@ -289,11 +308,7 @@ def read_artifact(
             f'{path} has hash {sha256[:12]}, expected {document["sha256"][:12]}: it is truncated '
             'or was changed; copy the artifact again'
         )
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ArtifactError(f'{path} is damaged: {error}') from error
-    return Artifact(_layers(document['layers'], tensors, sites), provenance, sha256)
+    return sha256
 
 
 def _layers(
