@@ -162,11 +162,11 @@ class Program:
         if len(y) != len(q):
             raise ValueError(f'y has {len(y)} rows; expected those of q, {len(q)}')
         cos, sin = rotary or (None, None)
-        for name, table in (('cos', cos), ('sin', sin)):
+        for what, table in (('cos', cos), ('sin', sin)):
             if table is not None:
-                _matrix(name, table, dim // 2)
+                _matrix(what, table, dim // 2)
                 if len(table) < max(len(q), len(k)) // batch or not table.is_contiguous():
-                    raise ValueError(f'{name} has {len(table)} positions; expected one for each '
+                    raise ValueError(f'{what} has {len(table)} positions; expected one for each '
                                      'query and key, contiguous')
 
         def step() -> None:
