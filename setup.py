@@ -51,7 +51,10 @@ setup(
     maintainer_email='maintainers@quantvla-ros.example',
     python_requires='>=3.10',
     cmdclass=runpy.run_path(f'{PACKAGE}/kernels/cpu/build.py')['build_commands'](),
-    package_data={f'{PACKAGE}.kernels.cuda': ['*.json'], f'{PACKAGE}.kernels.cpu': ['*.cpp', '*.h']},
+    package_data={
+        f'{PACKAGE}.kernels.cuda': ['*.json'],
+        f'{PACKAGE}.kernels.cpu': ['*.cpp', '*.h'],
+    },
     packages=find_packages(include=[PACKAGE, f'{PACKAGE}.*']),
     data_files=[
         ('share/ament_index/resource_index/packages', [f'resource/{PACKAGE}']),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Figures = dict[str, Any]
 SUITE = 'libero_object'
-EPISODE_S = 12.0  # an arm that is done with its task is given the next one
+EPISODE_S = 18.0  # an arm that is done with its task is given the next one
 SWAP_S = 60.0
 PERIOD_S = 0.01
 
@@ -148,7 +148,9 @@ def swap(watch: Watch, precision: str) -> None:
         return '' if not settled else 'there' if runs == precision else 'back'
 
     while state() != 'there':
-        if time.monotonic() > begun + SWAP_S or watch.over():
+        if watch.over():
+            raise ValueError('stopped before the swaps were done')
+        if time.monotonic() > begun + SWAP_S:
             raise ValueError(f'no swap to {precision}: {operator.policy["swap"]}, cause '
                              f'{operator.policy["cause"]}')
         refusal = operator.set_parameters('policy_node', precision=precision)

@@ -73,7 +73,7 @@ class Program:
         self._calls: list[native.Call] = []
         self._steps: list[Callable[[], None]] = []
         self._kept: list[object] = []
-        self._reads: list[Read | None] = []  # one for each step
+        self._reads: dict[int, Read] = {}  # by the number of the step
         self._array: object = None
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class Program:
         if x.shape[0] != y.shape[0]:
             raise ValueError(f'x has {len(x)} rows and y {len(y)}; expected the same number')
         self._kept += [layer, x, y, norm, factor, gate, residual]
-        self._reads.append(Read(name, x, norm))
+        self._reads[len(self._steps)] = Read(name, x, norm)
         # No reference to self: a program that is dropped must be freed at once, not by a
         # collection of cycles, which would hold up every thread of the interpreter.
         reference_step = Program._reference
@@ -188,9 +188,9 @@ class Program:
                 v.reshape(batch, -1, kv_heads, dim), cos, sin)
             y.copy_(out.reshape(len(q), -1))
 
+        self._reads[len(self._steps)] = Read(name, q, None, k, heads, kv_heads, batch, rotary)
         self._steps.append(step)
         self._kept += [q, k, v, y, rotary, cells]
-        self._reads.append(Read(name, q, None, k, heads, kv_heads, batch, rotary))
         self._calls.append(native.Call(
             kind=1, dtype=0, rows=len(q) // batch, x=q.data_ptr(), ldx=q.stride(0),
             y=y.data_ptr(), ldy=y.stride(0), k=k.data_ptr(), v=v.data_ptr(), ldk=k.stride(0),
@@ -217,7 +217,6 @@ class Program:
         _matrix('k', k, kv_heads * dim)
         _matrix('v', v, kv_heads * dim)
         self._steps.append(lambda: None)  # the reference reads k and v themselves
-        self._reads.append(None)
         self._kept += [k, v, cells]
         self._calls.append(native.Call(
             kind=2, dtype=0, rows=0, k=k.data_ptr(), v=v.data_ptr(), ldk=k.stride(0),
@@ -236,9 +235,9 @@ class Program:
 
     def look(self, see: Callable[[Read], None]) -> None:
         """Run call by call and show what each reads just before it runs: slower, same result."""
-        for index, (read, step) in enumerate(zip(self._reads, self._steps, strict=True)):
-            if read is not None:
-                see(read)
+        for index, step in enumerate(self._steps):
+            if index in self._reads:
+                see(self._reads[index])
             if self._library is None or len(self._calls) != len(self._steps):
                 step()
             else:

@@ -64,7 +64,7 @@ def commands_status(snapshot: Mapping[str, Any]) -> DiagnosticStatus:
     if snapshot['rivals']:
         level, message = WARN, f'{snapshot["rivals"]} other publisher(s) on the command topic'
     if cause is not None:
-        deliberate = cause['kind'] in ('disabled', 'deactivated')
+        deliberate = cause['kind'] in ('disabled', 'deactivated', 'swap')
         level, message = WARN if deliberate else ERROR, f'stopped: {cause["sentence"]}'
     if snapshot['estop']:
         level, message = ERROR, f'e-stop is latched: {snapshot["estop"]}'

@@ -72,7 +72,13 @@ class Admission:
         values = dict(self._values)
         if commands:
             self.check(wish)
-        return make_policy(self._name, self._contract, self._settings(wish, values))
+        policy = make_policy(self._name, self._contract, self._settings(wish, values))
+        artifact = self.look(wish).artifact
+        if artifact is not None:
+            from quantvla_ros.quant.artifact import verify_artifact
+
+            verify_artifact(artifact)
+        return policy
 
     def _settings(self, wish: Wish, values: dict[str, Any]) -> Any:
         found = settings.policy_settings(values)

@@ -44,6 +44,7 @@ class Operator:
             parameter_overrides=[rclpy.Parameter('use_sim_time', value=sim_time)])
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
+        self._clients: dict[str, Any] = {}  # by service; finding one takes a while
         self.policy: dict[str, Any] = {}  # the last policy_node/status
         self.episode: dict[str, Any] = {}  # the last sim_node/episode
         self._node.create_subscription(String, 'policy_node/status', self._on_policy, LATCHED)
@@ -86,16 +87,16 @@ class Operator:
         return True
 
     def _call(self, kind: Any, name: str, request: Any) -> Any:
-        client = self._node.create_client(kind, name)
-        try:
-            if not self.wait(client.service_is_ready, SERVICE_S):
-                raise NoAnswer(f'nobody offers the service {name}; is the node running?')
-            future = client.call_async(request)
-            if not self.wait(future.done, SERVICE_S):
-                raise NoAnswer(f'{name} did not answer within {SERVICE_S:g} s')
-            return future.result()
-        finally:
-            self._node.destroy_client(client)
+        if name not in self._clients:
+            self._clients[name] = self._node.create_client(kind, name)
+        client = self._clients[name]
+        if not self.wait(client.service_is_ready, SERVICE_S):
+            raise NoAnswer(f'nobody offers the service {name}; is the node running?')
+        future = client.call_async(request)
+        if not self.wait(future.done, SERVICE_S):
+            client.remove_pending_request(future)
+            raise NoAnswer(f'{name} did not answer within {SERVICE_S:g} s')
+        return future.result()
 
     # acting --------------------------------------------------------------------------------
 

@@ -319,15 +319,7 @@ class ArtifactReader:
                 f'{folder} was made for checkpoint {self.provenance.checkpoint[:12]}, the model '
                 f'is {checkpoint[:12]}; quantize this model again'
             )
-        path = folder / TENSOR_NAME
-        if not path.is_file():
-            raise ArtifactError(f'{folder} lacks {TENSOR_NAME}; copy the artifact again')
-        self.sha256 = sha256_of(path)
-        if self.sha256 != document['sha256']:
-            raise ArtifactError(
-                f'{path} has hash {self.sha256[:12]}, expected {document["sha256"][:12]}: it is '
-                'truncated or was changed; copy the artifact again'
-            )
+        path, self.sha256 = folder / TENSOR_NAME, _verified(folder, document)
         try:
             self._file = TensorFile(path)
         except TensorFileError as error:
@@ -366,3 +358,26 @@ def read_artifact(
     reader = ArtifactReader(folder, checkpoint, sites)
     layers = {name: reader.layer(name) for name in reader.names}
     return Artifact(layers, reader.provenance, reader.sha256)
+
+
+def verify_artifact(folder: Path) -> None:
+    """Hash the tensors again, after a policy was made of them; raises ArtifactError.
+
+    What is read shares memory with the file until it is packed, so a file that somebody writes to
+    meanwhile is only noticed afterwards.
+    """
+    _verified(folder, _document(folder))
+
+
+def _verified(folder: Path, document: Mapping[str, Any]) -> str:
+    """Return the hash of the tensors, which is what the document says."""
+    path = folder / TENSOR_NAME
+    if not path.is_file():
+        raise ArtifactError(f'{folder} lacks {TENSOR_NAME}; copy the artifact again')
+    sha256 = sha256_of(path)
+    if sha256 != document['sha256']:
+        raise ArtifactError(
+            f'{path} has hash {sha256[:12]}, expected {document["sha256"][:12]}: it is truncated '
+            'or was changed; copy the artifact again'
+        )
+    return sha256

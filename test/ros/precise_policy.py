@@ -24,7 +24,7 @@ LATE = ('raises', 'nan', 'huge', 'slow')  # behave while they are tried, break w
 class PrecisePolicy(SweepPolicy):
     """Good until it commands; what it then does is told by the name of its precision."""
 
-    gate = threading.Event()  # loading of 'coarse', 'broken' waits for it
+    gate = threading.Event()  # 'coarse' waits for it, 'broken' before it reads, 'torn' after
     gate.set()
     loads, needs, largest = [], 0, 1.0
 
@@ -45,6 +45,8 @@ class PrecisePolicy(SweepPolicy):
             if settings.precision == 'broken':
                 PrecisePolicy.gate.wait(60.0)
             read_artifact(folder)
+            if settings.precision == 'torn':
+                PrecisePolicy.gate.wait(60.0)
         if settings.precision == 'coarse':
             PrecisePolicy.gate.wait(60.0)
         self.answers = 0

@@ -39,7 +39,8 @@ OUT_OF_BOUNDS = {'action_error_mrad': 9.0, 'other_seed_mrad': 1.0}
 def model(tmp_path_factory):
     """A model folder with a good, a damaged-to-be and an inaccurate artifact."""
     folder = tmp_path_factory.mktemp('model')
-    for name, measured in (('good', {}), ('broken', {}), ('inaccurate', OUT_OF_BOUNDS)):
+    for name, measured in (
+            ('good', {}), ('broken', {}), ('torn', {}), ('inaccurate', OUT_OF_BOUNDS)):
         write_artifact(folder / name, {'a': make_layer()},
                        Provenance('', 'rtn', 'w8a8', measured=measured))
     return folder
@@ -201,11 +202,12 @@ def test_missing_artifact_is_put_back_with_its_reason(robot, moving):
     assert_no_gap(robot, moving)
 
 
-def test_artifact_damaged_between_check_and_load_is_refused(robot, moving, model):
+@pytest.mark.parametrize('precision', ['broken', 'torn'])
+def test_artifact_damaged_before_or_while_it_is_read_is_refused(robot, moving, model, precision):
     PrecisePolicy.gate.clear()
-    assert robot.set_parameters(precision='broken').successful
-    robot.wait(lambda: 'broken' in PrecisePolicy.loads, 'loading')
-    path = model / 'broken' / TENSOR_NAME
+    assert robot.set_parameters(precision=precision).successful
+    robot.wait(lambda: precision in PrecisePolicy.loads, 'loading')
+    path = model / precision / TENSOR_NAME
     data = bytearray(path.read_bytes())
     data[-8] ^= 0xff
     path.write_bytes(data)
