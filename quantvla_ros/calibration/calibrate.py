@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Calibrate, judge, write."""
     step_back(args.nice)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     if args.json:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
             raise
         _say({'error': str(error)})
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -139,8 +141,9 @@ def _work(args: argparse.Namespace) -> None:
     began = time.monotonic()
     model = Path(args.model) if args.model else share_path('models/libero_panda')
     precision = artifact_for(model, args.precision)
-    folder = args.out or precision / FOLDER / (args.name or default_name(args.bag))
-    check_name(folder.name)
+    name = args.out.name if args.out else args.name or default_name(args.bag)
+    check_name(name)
+    folder = args.out or precision / FOLDER / name
     settings = CalibrationSettings(
         model, str(precision), tuple(filter(None, args.learn.split(','))), args.recipe,
         args.seed, args.neutral, args.clip, args.confidence, threads=args.threads,
