@@ -34,7 +34,7 @@ from quantvla_ros.quant.sites import ACTION, PolicySites
 
 Read = Callable[[str], Tensor]
 Take = Callable[[str, QuantizedLayer], None]
-NUMBERS = 1 << 19  # of a weight in float32 at once while it is rounded: they fit a cache
+NUMBERS = 1 << 23  # of a weight in float32 at once while it is rounded: 32 MiB
 LOOPED = (*ACTION, 'modulation', 'head')  # groups that run again and again within one chunk
 
 
