@@ -131,10 +131,11 @@ def test_a_gated_pair_of_different_widths_equals_the_reference():
     assert far(y, reference.linear(x, first, activation='silu', up=second)) < 1e-6
 
 
-def test_the_hot_loops_keep_their_sums_in_registers():
-    tool, library = shutil.which('objdump'), native.library_path('avx512vnni')
+@pytest.mark.parametrize('path', ['avx512vnni', 'amx'])
+def test_the_hot_loops_keep_their_sums_in_registers(path):
+    tool, library = shutil.which('objdump'), native.library_path(path)
     if not tool or not library.exists():
-        pytest.skip('avx512vnni: needs objdump and the built library')
+        pytest.skip(f'{path}: needs objdump and the built library')
     listing = subprocess.run([tool, '-d', '--no-show-raw-insn', str(library)],
                              capture_output=True, text=True, timeout=120).stdout.splitlines()
     dots = [i for i, line in enumerate(listing) if 'vpdpbusd' in line]

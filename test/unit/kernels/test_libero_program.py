@@ -10,8 +10,11 @@ from torch import nn
 
 from quantvla_ros.kernels import dispatch, weights
 from quantvla_ros.policies import flow
-from quantvla_ros.policies.libero_program import ChunkProgram, Part
+from quantvla_ros.policies.libero_program import ChunkProgram, Part, recordable
 from quantvla_ros.policies.libero_vla import LiberoVlaNet, VlaConfig
+from quantvla_ros.quant.linear import QuantizedLayer
+from quantvla_ros.quant.scheme import parse_scheme
+from quantvla_ros.quant.transforms import InputTransform
 
 SMALL = VlaConfig(image=32, views=2, words=3, vision_width=128, vision_layers=1, vision_mlp=128,
                   width=256, layers=2, heads=4, kv_heads=2, mlp=192, action_width=128,
@@ -123,6 +126,21 @@ def test_smoothed_layers_are_recorded_whatever_they_share(net, shared):
     program, given = ChunkProgram(net, parts.__getitem__, STEPS), inputs()
     y = chunk(program, given)
     assert far(y, plain(replaced, *given)) < 0.01 and far(y, plain(net, *given)) < 0.05
+
+
+def stored(transform, act_bits=8):
+    scheme = parse_scheme('w8a8' if act_bits == 8 else 'w8a16')
+    return QuantizedLayer(scheme, packed(128, 128, 8), transform=transform)
+
+
+def test_artifacts_with_diagonals_are_recorded_and_those_with_permutations_are_not():
+    smooth = InputTransform(diagonal=torch.rand(128) + 0.5, hadamard=64)
+    permuted = InputTransform(permutation=torch.arange(128))
+    assert recordable({'a': stored(smooth), 'b': stored(InputTransform())})
+    assert not recordable({'a': stored(smooth), 'b': stored(permuted)})
+    assert not recordable({'a': stored(smooth, act_bits=16)})
+    # the modulation is made once, at load: anything may make it
+    assert recordable({'a': stored(smooth), 'action.time_out': stored(permuted, act_bits=16)})
 
 
 def test_static_scales_are_those_of_the_step_and_must_be_enough():

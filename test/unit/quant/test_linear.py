@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from quantvla_ros.kernels.reference import transform_tokens
 from quantvla_ros.kernels.weights import mix
 from quantvla_ros.quant.linear import (
     QuantizedLayer,
     QuantLinear,
     denoising_step,
+    kernel_transform,
     replace_linears,
 )
 from quantvla_ros.quant.pack import absmax_scale, packed, quantize
@@ -137,3 +139,30 @@ def test_a_name_that_is_no_linear_is_refused():
 
 def test_groups_of_the_scheme_reach_the_kernel():
     assert layer(normal(8, 128), scheme=Scheme(4, 8, PerGroup(64))).weight.group == 64
+
+
+SMOOTH = InputTransform(diagonal=torch.linspace(0.5, 2.0, 128))
+ROTATE = InputTransform(hadamard=64)
+
+
+@pytest.mark.parametrize('transform', [
+    InputTransform(), SMOOTH, ROTATE, InputTransform(SMOOTH.diagonal, hadamard=64),
+    SMOOTH.followed_by(SMOOTH), SMOOTH.followed_by(ROTATE),
+])
+def test_the_kernels_take_diagonals_and_then_one_hadamard(transform):
+    x = normal(5, 128)
+    diagonal, hadamard = kernel_transform(transform)
+    tokens = transform_tokens(x, diagonal, hadamard)
+    assert torch.allclose(tokens, transform.activations(x), atol=1e-5)
+
+
+@pytest.mark.parametrize('transform', [
+    ROTATE.followed_by(SMOOTH), ROTATE.followed_by(ROTATE), InputTransform(hadamard=16),
+    InputTransform(permutation=torch.arange(128)),
+    SMOOTH.followed_by(InputTransform(blocks=torch.eye(64)[None])),
+])
+def test_what_the_kernels_cannot_do_is_left_to_the_module(transform):
+    assert kernel_transform(transform) is None
+    weight, x = normal(48, 128), normal(5, 128, seed=2)
+    module = QuantLinear(layer(weight, 'w8a8', transform))
+    assert relative(module(x), x @ weight.T) < 0.02
