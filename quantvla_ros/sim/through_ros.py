@@ -107,9 +107,10 @@ def _play_variant(
                 operator.wait(lambda: operator.policy.get('lifecycle') == 'active', START_S),
                 f'the policy node was not ready within {START_S:g} s', name)
             for episode in episodes:
-                if stop.is_set():
-                    raise KeyboardInterrupt
-                yield play(operator, audit, policy, episode, over)
+                outcome = play(operator, audit, policy, episode, over)
+                if stop.is_set():  # cut off, not crashed: nothing of it is kept
+                    raise ValueError('stopped; the same command goes on where it was')
+                yield outcome
                 _raise_unless(not over(), 'a node ended', name)
 
 
