@@ -25,7 +25,7 @@ class DriftSettings:
     excess: a single layer that stays outside by this factor warns as well.
     """
 
-    every: int = 20
+    every: int = 40
     share: float = 0.05
     margin: float = 0.1
     excess: float = 1.2

@@ -185,7 +185,7 @@ POLICY_NODE: tuple[Parameter, ...] = (
     Parameter('shadow', '', '', LIVE,
               'A second precision that answers the same observations without commanding; it reads '
               'what shadows, empty for none. Differences on ~/shadow and in ~/status.'),
-    Parameter('drift.every', 20, '', CONFIGURE,
+    Parameter('drift.every', 40, '', CONFIGURE,
               'Chunks from one look at the activations to the next; 0 never looks.', 0, 100000),
     Parameter('drift.share', 0.05, '', CONFIGURE,
               'Share of the layers outside the calibrated range above which /diagnostics warns.',
