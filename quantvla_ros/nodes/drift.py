@@ -22,11 +22,13 @@ class DriftSettings:
     """every: chunks from look to look, 0 for none. share: of the layers outside that warns.
 
     margin: how far beyond the calibrated range, as a share of it, still counts as inside.
+    excess: a single layer that stays outside by this factor warns as well.
     """
 
-    every: int = 20
-    share: float = 0.2
+    every: int = 40
+    share: float = 0.05
     margin: float = 0.1
+    excess: float = 1.2
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Drift:
         worst = max(self._excess, key=lambda name: self._excess[name], default='')
         excess = self._excess.get(worst, 0.0)
         warning = ''
-        if self._looks >= MIN_LOOKS and self._share > self._settings.share:
+        outside = self._share > self._settings.share or excess > self._settings.excess
+        if self._looks >= MIN_LOOKS and outside:
             warning = (
                 f'recalibrate: {100 * self._share:.0f} % of the layers are outside the calibrated '
                 f'range, worst {worst} by {excess:.2f} times'

@@ -14,7 +14,7 @@ RANGES = {f'layer{i}': Range(1.0, 2.0) for i in range(10)}
 
 @pytest.fixture
 def drift():
-    return Drift(DriftSettings(every=3, share=0.2, margin=0.1), RANGES)
+    return Drift(DriftSettings(every=3, share=0.2, margin=0.1, excess=1.5), RANGES)
 
 
 def looks(drift, count=5, **values):
@@ -28,12 +28,20 @@ def test_inside_the_range_nothing_is_told(drift):
     assert drift.status()['share'] == 0.0
 
 
-def test_one_layer_outside_is_chance_and_many_are_drift(drift):
-    looks(drift, layer3=4.0)
+def test_one_layer_a_little_outside_is_chance_and_many_are_drift(drift):
+    looks(drift, layer3=2.4)
     assert drift.warning == ''
     assert drift.status()['worst_layer'] == 'layer3'
-    looks(drift, 10, layer1=2.5, layer2=2.5, layer3=4.4)
+    looks(drift, 10, layer1=2.3, layer2=2.3, layer3=2.4)
     assert 'recalibrate: ' in drift.warning
+    assert 'worst layer3 by ' in drift.warning
+
+
+def test_one_layer_that_stays_far_outside_is_drift_and_one_that_leaps_is_not(drift):
+    looks(drift, 5)
+    looks(drift, 1, layer3=4.0)
+    assert drift.warning == ''
+    looks(drift, 10, layer3=4.0)
     assert 'worst layer3 by ' in drift.warning
 
 
@@ -41,7 +49,7 @@ def test_warning_ends_when_the_scene_comes_back(drift):
     far = dict.fromkeys(RANGES, 9.0)
     looks(drift, 4, **far)
     assert '100 % of the layers' in drift.warning
-    looks(drift, 12)
+    looks(drift, 16)
     assert drift.warning == ''
 
 

@@ -11,6 +11,7 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.control.guard import GuardSettings
 from quantvla_ros.control.player import PlayerSettings
 from quantvla_ros.nodes import parameters
+from quantvla_ros.nodes.drift import DriftSettings
 from quantvla_ros.nodes.parameters import CONFIGURE, POLICY_NODE, Parameter, check, defaults
 from quantvla_ros.resources import share_path
 
@@ -60,7 +61,9 @@ def test_every_number_has_a_range_and_every_parameter_a_meaning():
         assert parameter.description.endswith('.'), parameter.name
 
 
-@pytest.mark.parametrize(('kind', 'group'), [(GuardSettings, 'guard'), (PlayerSettings, 'player')])
+@pytest.mark.parametrize(('kind', 'group'), [
+    (GuardSettings, 'guard'), (PlayerSettings, 'player'), (DriftSettings, 'drift'),
+])
 def test_defaults_are_those_of_the_control_core(kind, group):
     core = kind()
     for item in fields(kind):
