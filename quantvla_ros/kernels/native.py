@@ -115,7 +115,12 @@ def load(name: str) -> ctypes.CDLL:
     reason = why_not(name)
     if reason:
         raise OSError(f'kernel path {name!r}: {reason}')
-    library = _declare(ctypes.CDLL(os.fspath(library_path(name)), mode=ctypes.RTLD_LOCAL))
+    loaded = ctypes.CDLL(os.fspath(library_path(name)), mode=ctypes.RTLD_LOCAL)
+    try:
+        library = _declare(loaded)
+    except AttributeError as error:  # built from older sources
+        raise OSError(f'kernel path {name!r}: its library is of another version ({error}); build '
+                      'it again') from error
     if not library.qv_ready():
         raise OSError(f'kernel path {name!r}: the system does not let this process use it')
     library.qv_set_threads(default_threads())

@@ -71,6 +71,21 @@ def test_a_library_that_does_not_load_is_passed_over(fresh, tmp_path):
     native.load.cache_clear()
 
 
+def test_a_library_of_another_version_is_told_as_such(fresh, tmp_path):
+    cxx = build.compiler()
+    if cxx is None:
+        pytest.skip('needs a C++ compiler')
+    library = tmp_path / 'libquantvla_scalar.so'
+    source = tmp_path / 'old.cpp'
+    source.write_text('extern "C" void qv_layer_new() {}')
+    subprocess.run([*cxx.split(), '-shared', '-fPIC', str(source), '-o', str(library)], check=True)
+    fresh.setattr(native, 'FOLDER', tmp_path)
+    native.load.cache_clear()
+    with pytest.raises(OSError, match='another version.*build it again'):
+        native.load('scalar')
+    native.load.cache_clear()
+
+
 def test_without_a_compiler_nothing_is_built_and_a_sentence_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(build.shutil, 'which', lambda name: None)
     results = build.build(tmp_path)
