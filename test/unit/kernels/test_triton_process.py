@@ -45,7 +45,7 @@ def runs():
     """Every file's process, two at a time: file -> its end, waited for."""
     def run(file):
         return subprocess.run(
-            [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(TESTS / file)],
+            [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', str(TESTS / file)],
             env=environment(file), cwd=ROOT, capture_output=True, text=True, timeout=900)
 
     triton()  # skips before anything starts
