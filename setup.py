@@ -90,6 +90,7 @@ setup(
             'colcon-core',
             'colcon-ros',
             'colcon-bash',
+            'ray',
         ],
     },
     entry_points={'console_scripts': ['quantvla = quantvla_ros.cli:main']},

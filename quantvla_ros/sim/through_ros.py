@@ -59,6 +59,7 @@ def processes_of(settings: Settings, variant: Variant, first: Episode) -> list[P
         'contract': settings.contract, 'policy': settings.policy, 'model': settings.model,
         'precision': variant.precision, 'mode': 'lockstep', 'enable_on_activate': 'false',
         'params_file': str(share_path('config/slow_machine.yaml')),
+        'lighting': settings.lighting,
     }
     more: dict[str, dict[str, bool | int | float | str]] = {
         'sim': {'suite': first.suite, 'task': first.task, 'max_texture': settings.max_texture},

@@ -11,7 +11,8 @@ import pytest
 from quantvla_ros import cli
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.nodes.origin import Origin
-from quantvla_ros.sim.through_ros import compare
+from quantvla_ros.sim.episodes import Episode, Settings, Variant
+from quantvla_ros.sim.through_ros import compare, processes_of
 
 pytestmark = [pytest.mark.ros, pytest.mark.sim]
 
@@ -27,6 +28,12 @@ def test_chunks_over_dds_equal_those_in_process_bit_for_bit(tmp_path, monkeypatc
     assert line['compared'] >= 2
     assert line['different'] == 0
     assert ' equal bit for bit, 0 different' in (tmp_path / 'report.html').read_text()
+
+
+def test_the_graph_has_the_light_that_was_asked_for():
+    first = Episode(Variant(), 'libero_object', 2, 0, 16)
+    sim, _ = processes_of(Settings(through_ros=True, lighting='night'), Variant(), first)
+    assert sim.parameters['lighting'] == 'night'
 
 
 class Ramp:
