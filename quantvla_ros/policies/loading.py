@@ -26,6 +26,7 @@ from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear, replace
 from quantvla_ros.quant.recipes import find_recipe
 from quantvla_ros.quant.scheme import Scheme, parse_scheme
 from quantvla_ros.quant.stream import page, round_streamed
+from quantvla_ros.resources import return_free_memory
 
 DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16}
 ROUNDED = 'rounded to nearest while it was read'
@@ -136,11 +137,13 @@ def _from_artifact(stored: Stored, folder: Path, make: Make) -> None:
             raise
         except (ValueError, AttributeError) as error:
             raise ArtifactError(f'{folder}: {error}') from error
+        return_free_memory()
 
 
 def _rounded(stored: Stored, scheme: Scheme, make: Make) -> None:
     def take(name: str, layer: QuantizedLayer) -> None:
         replace_linears(stored.model, {name: layer}, make)
+        return_free_memory()
 
     round_streamed(policy_sites(stored.model), find_recipe('rtn'), scheme, stored.read, take)
 
@@ -158,4 +161,6 @@ def fixed_times(
     page(model, dense, stored.read, dtype)
     stored.fill(dtype=dtype, device=device, only=TIMED)
     conditions: list[Tensor] = savings.condition_table(model, steps)
-    return conditions, savings.drop_unused(model, steps)
+    dropped = savings.drop_unused(model, steps)
+    return_free_memory()
+    return conditions, dropped
