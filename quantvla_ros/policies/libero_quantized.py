@@ -31,7 +31,8 @@ from quantvla_ros.quant.calibrated import Calibration, load_calibration
 from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear, replace_linears
 from quantvla_ros.quant.simulate import simulate
 from quantvla_ros.quant.sites import PolicySites
-from quantvla_ros.quant.streamed import stream_linears
+from quantvla_ros.quant.stream import PagedLinear, page
+from quantvla_ros.quant.tensor_file import TensorFile
 
 
 def find_artifact(model: Path, precision: str) -> Path:
@@ -110,7 +111,7 @@ def read_teacher(opened: Opened) -> LiberoVlaNet:
     with torch.device('meta'):
         net = LiberoVlaNet(opened.checkpoint.config)
     inside = [site.name for block in opened.sites.blocks for site in opened.sites.in_block(block)]
-    stream_linears(net, inside, opened.weights)
+    page(net, inside, TensorFile(opened.weights).read)
     fill(net, opened.weights)
     return net.eval().requires_grad_(False)
 
@@ -141,8 +142,10 @@ def read_quantized(
 
 
 def fill(net: LiberoVlaNet, path: Path) -> None:
-    """Give every parameter that is left its float32 value, and make the rotary tables."""
-    expected = {name: value.detach() for name, value in net.named_parameters()}
+    """Give every parameter that is left in memory its float32 value; make the rotary tables."""
+    paged = {name for name, module in net.named_modules() if isinstance(module, PagedLinear)}
+    expected = {name: value.detach() for name, value in net.named_parameters()
+                if name.rpartition('.')[0] not in paged}
     try:
         with safe_open(path, framework='pt') as file:
             here = set(file.keys())
