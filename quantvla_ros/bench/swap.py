@@ -235,7 +235,7 @@ def run(args: argparse.Namespace) -> int:
         if not out.is_file():
             raise ValueError('the policy node ended before it could write its commands')
         found: Figures = {name: judge(out, *span) for name, span in spans.items()}
-    found.update(machine=facts, swaps=len(took), counts=spans['swaps'][1]['counts'], took={
+    found.update(machine=facts, number=len(took), counts=spans['swaps'][1]['counts'], took={
         key: percentiles([1e3 * item[key] for item in took])
         for key in ('first_chunk_s', 'settled_s')})
     report(found)
@@ -260,7 +260,7 @@ def measure(
 
 def report(found: Figures) -> None:
     """Print the figures."""
-    print(f'{found["swaps"]} swaps (goal: no tick missed beyond the baseline, no violation, no '
+    print(f'{found["number"]} swaps (goal: no tick missed beyond the baseline, no violation, no '
           'gap, memory as before)')
     for name in ('swaps', 'without swaps'):
         show(name, found[name])

@@ -103,9 +103,9 @@ class Beside:
         self, report: Callable[..., None], reference: Callable[[], Kept | Job],
         on_trouble: Callable[[str], None],
     ) -> None:
-        # As nice as the inference and not more: it holds the interpreter for moments, and a
-        # thread that loses its core meanwhile keeps the control thread waiting.
-        self._thread = InferenceThread('inference loader')
+        # Not nice at all: it holds the interpreter for moments, and a thread that loses its core
+        # meanwhile keeps the control thread waiting, whatever the priority of that one.
+        self._thread = InferenceThread('inference loader', niceness=0)
         self._report, self._reference, self._on_trouble = report, reference, on_trouble
         self._turn = 0  # counts loads and cancels; a load of an older turn is given up
         self.trial: Trial | None = None  # of the last load

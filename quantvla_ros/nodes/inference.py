@@ -65,7 +65,8 @@ class Job:
 class InferenceThread:
     """Runs jobs one after the other on a thread of its own."""
 
-    def __init__(self, name: str = 'inference') -> None:
+    def __init__(self, name: str = 'inference', niceness: int = NICENESS) -> None:
+        self._niceness = niceness
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
@@ -82,14 +83,13 @@ class InferenceThread:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    @staticmethod
-    def _yield_to_others() -> None:
+    def _yield_to_others(self) -> None:
         """Let the threads that hear inputs go first when all cores are busy.
 
         On Linux this is for this thread and those that it starts, such as a pool of the policy.
         """
         with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
 
     def _serve(self) -> None:
         self._yield_to_others()
