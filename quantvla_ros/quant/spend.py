@@ -35,7 +35,8 @@ def spend_bytes(
     """Return the layout with the widths of weights that fit the budget and hurt the action least.
 
     Room is left for a diagonal of every layer. Widths are 8 and the precision's own, and 2 where
-    the budget lies below equal widths. Raises ValueError where even that does not fit.
+    a budget that was asked for lies below equal widths. Raises ValueError where even that does
+    not fit.
     """
     budget = budget_mb * 1e6 if budget_mb else float(uniform_bytes(sites, precision))
     base = precision.weight_bits
@@ -45,6 +46,8 @@ def spend_bytes(
     diagonals = CHANNEL_BYTES * sum(sites.linear(name).in_features for name in errors)
     held = layout_bytes(sites, layout) + diagonals - weights * container // 8
     room = 8 * (budget - held)
+    if not budget_mb:  # equal widths are always allowed, where nothing was saved for diagonals
+        room = max(room, float(weights * container))
     widths = {8, base} if weights * container <= room else {8, base, 2}
     if base == 8:
         widths = {8} if weights * 8 <= room else {8, 4, 2}

@@ -82,6 +82,13 @@ def test_a_larger_budget_widens_and_a_smaller_one_narrows():
     assert held(spent(sizes, budget_mb=0.8 * equal)) <= 0.8 * equal * 1e6
 
 
+def test_without_anything_saved_every_layer_keeps_its_own_width():
+    scheme = parse_scheme('w4a4')
+    layout = recipe_layout(RECIPES['onboard'], sites(), scheme)  # the time layer stays float
+    found = spend_bytes(sites(), layout, errors([1.0] * 21), scheme)
+    assert found == layout
+
+
 def test_a_budget_that_nothing_fits_is_refused():
     with pytest.raises(ValueError, match='even at width 2'):
         spent([1.0] * 21, budget_mb=0.01)
