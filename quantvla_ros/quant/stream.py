@@ -45,6 +45,10 @@ class PagedLinear(nn.Linear):
         super().__init__(old.in_features, old.out_features, old.bias is not None, device='meta')
         self._name, self._read, self._dtype = name, read, dtype
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PagedLinear:
+        """Nothing of it is in memory, so that a network's .to() leaves it alone."""
+        return self
+
     def fetch(self, device: torch.device | str = 'cpu') -> tuple[Tensor, Tensor | None]:
         """Read weight and bias."""
         weight = self._read(f'{self._name}.weight').to(device, self._dtype).contiguous()
