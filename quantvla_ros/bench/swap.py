@@ -13,6 +13,7 @@ import os
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,7 @@ class Watch:
 
     def __init__(self, operator: Operator, pid: int, over: Callable[[], bool]) -> None:
         self.operator, self.pid, self.over = operator, pid, over
-        self.restarts = 0
+        self.stops: Counter[str] = Counter()  # cause -> times that the arm was started again
         self._task, self._since = 0, 0.0
 
     def begin_episode(self) -> None:
@@ -106,7 +107,9 @@ class Watch:
     def busy(self) -> None:
         """Start the next episode when one is over, or when the arm has stopped."""
         stopped = self.operator.policy.get('state') != 'running'
-        self.restarts += stopped
+        if stopped:
+            cause = self.operator.policy.get('cause') or {}
+            self.stops[cause.get('kind', 'unknown')] += 1
         if stopped or time.monotonic() > self._since + EPISODE_S:
             self.begin_episode()
 
@@ -115,7 +118,7 @@ class Watch:
         self.operator.wait(lambda: False, 1.2)  # ~/status comes once a second
         policy = self.operator.policy
         return {'ns': time.monotonic_ns(), 'missed': policy['tick']['missed'],
-                'ticks': policy['tick']['ticks'], 'restarts': self.restarts,
+                'ticks': policy['tick']['ticks'], 'stops': dict(self.stops),
                 'p95_ms': policy['inference']['p95_ms'],
                 'counts': dict(policy['swap']['counts']), **usage(self.pid)}
 
@@ -173,23 +176,27 @@ def judge(path: Path, begin: Figures, end: Figures) -> Figures:
     """Judge the commands of a span: gaps, and violations of any limit."""
     data = np.load(path)
     times, positions = data['times'], data['positions']
-    inside = (times[:, 0] >= begin['ns']) & (times[:, 0] <= end['ns'])
-    times, positions = times[inside], positions[inside]
     checker = WireChecker(*(data[name] for name in ('lower', 'upper', 'velocity',
                                                     'acceleration')))
-    streams = np.flatnonzero(np.diff(times[:, 2])) + 1
-    # The first stream began before the span: it is judged from its next start on.
-    for index in range(streams[0] if len(streams) else 0, len(times)):
-        fresh = positions[index] if index in streams else None
+    inside = (times[:, 0] >= begin['ns']) & (times[:, 0] <= end['ns'])
+    streams = np.diff(times[:, 2], prepend=times[0, 2] - 1) != 0
+    judged, kinds = 0, dict.fromkeys(checker.violations, 0)
+    for index in range(len(times)):  # all of them, for a stream may have begun before the span
+        before = dict(checker.violations)
+        fresh = positions[index] if streams[index] else None
         checker.command(int(times[index, 1]), positions[index], scale=1.0, start_pose=fresh)
+        if inside[index]:
+            judged += 1
+            kinds = {kind: kinds[kind] + checker.violations[kind] - before[kind] for kind in kinds}
+    times = times[inside]
     steps = np.diff(times[:, 0])[np.diff(times[:, 2]) == 0] / 1e6
     return {
         'seconds': (end['ns'] - begin['ns']) / 1e9,
-        'commands': len(times), 'judged': checker.commands, 'violations': checker.total,
-        'kinds': dict(checker.violations), 'longest_gap_ms': float(steps.max()),
+        'commands': judged, 'violations': sum(kinds.values()), 'kinds': kinds,
+        'longest_gap_ms': float(steps.max()),
         'gaps': int(np.count_nonzero(steps > 2e3 * PERIOD_S)),
         'missed': end['missed'] - begin['missed'], 'ticks': end['ticks'] - begin['ticks'],
-        'restarts': end['restarts'] - begin['restarts'],
+        'stops': dict(Counter(end['stops']) - Counter(begin['stops'])),
         'rss_mb': [begin['rss_mb'], end['rss_mb']],
         'threads': [begin['threads'], end['threads']], 'files': [begin['files'], end['files']],
     }
@@ -200,7 +207,7 @@ def show(name: str, found: Figures) -> None:
     print(f'  {name:<14} {found["seconds"]:.0f} s, {found["commands"]} commands, '
           f'{found["violations"]} violations; ticks missed {found["missed"]} of '
           f'{found["ticks"]}; gaps over 20 ms {found["gaps"]}, longest '
-          f'{found["longest_gap_ms"]:.1f} ms; stops {found["restarts"]}; memory '
+          f'{found["longest_gap_ms"]:.1f} ms; stops {found["stops"] or "none"}; memory '
           f'{found["rss_mb"][0]:.0f} -> {found["rss_mb"][1]:.0f} MB')
 
 

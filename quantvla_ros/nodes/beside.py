@@ -7,17 +7,16 @@ Commands nothing and swaps nothing: a policy that stood its trial is handed to `
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from quantvla_ros.control.difference import Difference, difference
 from quantvla_ros.control.limits import JointLimiter
+from quantvla_ros.nodes.collector import COLLECTOR
 from quantvla_ros.nodes.handover import Kept, answer
 from quantvla_ros.nodes.inference import InferenceThread, Job
 from quantvla_ros.policies.base import Policy
@@ -35,25 +34,6 @@ class Unfit(ValueError):  # noqa: N818 - a verdict, with its kind
     def __init__(self, kind: str, sentence: str) -> None:
         super().__init__(sentence)
         self.kind = kind
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Keep the collector of cycles off while many objects are made.
-
-    It would walk through all of them with the interpreter held: tens of milliseconds, in which no
-    control tick runs. What was made is frozen afterwards where activate has frozen the rest;
-    policies hold no cycles, so that dropping the last reference frees them.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if gc.get_freeze_count():  # not after a deactivate: garbage would stay for ever
-            gc.freeze()
-        if was_on:
-            gc.enable()
 
 
 class Trial:
@@ -136,7 +116,7 @@ class Beside:
         offer: Callable[[list[Any]], None],
     ) -> None:
         try:
-            with no_collection():
+            with COLLECTOR.paused():
                 self._go_on(turn)
                 policy = make()
                 self._go_on(turn)

@@ -24,6 +24,7 @@ from quantvla_ros.control.guard import Guard
 from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.control.types import Fault, Setpoint, State
 from quantvla_ros.nodes import settings
+from quantvla_ros.nodes.collector import COLLECTOR
 from quantvla_ros.nodes.commands import joint_order
 from quantvla_ros.nodes.control_thread import ControlThread
 from quantvla_ros.nodes.exchange import Admission, Exchange, wish_of
@@ -181,10 +182,7 @@ class Serving:
     def begin(self, wait: Wait) -> None:
         """Wait for fresh inputs and a controller, then tick; nothing moves before enable."""
         self.refuse_stuck()
-        # Before the inputs: a collection of all that torch has made takes 0.1 s and more, in which
-        # they would grow old. Frozen, it never happens while the control thread ticks.
-        gc.collect()
-        gc.freeze()
+        COLLECTOR.freeze()  # before the inputs, which would grow old in that time
         timeout_s = self.values['freshness.wait_s']
         self.builder.clear()
         self.freshness = self._new_freshness()
@@ -307,7 +305,7 @@ class Serving:
 
     def halt(self) -> None:
         """Bring the arm to rest within its limits, then stop ticking."""
-        gc.unfreeze()
+        COLLECTOR.unfreeze()
         if self.exchange is not None:
             self.exchange.stay()
         if self.control is None:
