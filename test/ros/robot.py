@@ -144,6 +144,10 @@ class Robot:
         """The newest ~/status; every key is None before the first."""
         return self.statuses[-1] if self.statuses else defaultdict(lambda: None)
 
+    def swap(self, key):
+        """Return what ~/status says of swaps; None until a policy is loaded."""
+        return (self.status['swap'] or {}).get(key)
+
     def wait(self, ready, what=''):
         """Wait until something that was heard makes ready() true."""
         with self.changed:

@@ -132,7 +132,7 @@ def settle(robot, served, precision, result):
     robot.wait(lambda: counts[result] > served.since[2][result] and done(),
                f'{result} and {precision} runs')
     robot.wait(lambda: value(served) == precision, 'the parameter says it')
-    return robot.status['swap']['last']
+    return robot.swap('last')
 
 
 def assert_no_gap(robot, served):
@@ -155,10 +155,10 @@ def test_precision_changes_under_way_and_the_old_one_is_freed(robot, moving):
 def test_parameter_and_status_tell_what_runs_while_another_one_loads(robot, moving):
     PrecisePolicy.gate.clear()
     assert robot.set_parameters(precision='coarse').successful
-    robot.wait(lambda: robot.status['swap']['stage'] == 'loading', 'loading')
+    robot.wait(lambda: robot.swap('stage') == 'loading', 'loading')
     assert value(moving) == 'fine'
     assert robot.status['precision'] == 'fine'
-    assert robot.status['swap']['requested'] == 'coarse'
+    assert robot.swap('requested') == 'coarse'
     chunks = len(robot.chunks)
     robot.wait(lambda: len(robot.chunks) > chunks + 1, 'the running one makes chunks meanwhile')
     PrecisePolicy.gate.set()
@@ -276,7 +276,7 @@ def test_swap_while_inactive_is_ready_for_activate(robot, served):
     robot.wait(lambda: robot.status['precision'] == 'coarse', 'it is loaded')
     assert value(served) == 'coarse'
     assert served.do(served.node.trigger_activate).name == 'SUCCESS'
-    robot.wait(lambda: robot.status['swap']['counts'].get('active'), 'it has proved itself')
+    robot.wait(lambda: (robot.swap('counts') or {}).get('active'), 'it has proved itself')
 
 
 def test_precision_of_an_unconfigured_node_is_what_configure_takes(robot, served):
@@ -323,7 +323,7 @@ def test_without_room_for_two_it_says_so_and_hold_does_it(robot, moving):
     old = weakref.ref(moving.node.serving.policy)
     PrecisePolicy.gate.clear()
     assert robot.set_parameters(precision='coarse', swap__mode='hold').successful
-    robot.wait(lambda: robot.status['swap']['stage'] == 'loading', 'loading')
+    robot.wait(lambda: robot.swap('stage') == 'loading', 'loading')
     assert old() is None, 'the old one is freed first'
     assert robot.status['cause']['kind'] == 'swap'
     assert value(moving) == '', 'nothing runs'
@@ -344,7 +344,7 @@ def test_hold_that_fails_brings_the_old_one_back(robot, moving):
 def test_stop_during_a_hold_is_obeyed_after_it(robot, moving, service):
     PrecisePolicy.gate.clear()
     robot.set_parameters(precision='coarse', swap__mode='hold')
-    robot.wait(lambda: robot.status['swap']['stage'] == 'loading', 'loading')
+    robot.wait(lambda: robot.swap('stage') == 'loading', 'loading')
     if service == 'estop':
         robot.call('estop')
         while not robot.call('reset').success:

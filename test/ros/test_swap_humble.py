@@ -24,6 +24,6 @@ def test_without_a_callback_before_a_set_the_truth_is_told_soon(
 
     PrecisePolicy.gate.clear()
     assert robot.set_parameters(precision='coarse').successful
-    robot.wait(lambda: robot.status['swap']['stage'] == 'loading' and value() == 'fine', 'truth')
+    robot.wait(lambda: robot.swap('stage') == 'loading' and value() == 'fine', 'truth')
     PrecisePolicy.gate.set()
     robot.wait(lambda: robot.status['precision'] == value() == 'coarse', 'the new truth')
