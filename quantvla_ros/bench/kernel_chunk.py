@@ -7,6 +7,7 @@ and bfloat16, with the modulation computed beforehand for all of them, as in the
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 
 from quantvla_ros.kernels import dispatch, weights
 from quantvla_ros.policies import flow
-from quantvla_ros.policies.libero_program import ChunkProgram, Part, PartOf
+from quantvla_ros.policies.libero_parts import Part, PartOf, Stored, stored_part
+from quantvla_ros.policies.libero_program import ChunkProgram
 from quantvla_ros.policies.libero_vla import LiberoVlaNet, VlaConfig
+from quantvla_ros.policies.sites import libero_vla_sites
+from quantvla_ros.quant.convolutions import round_convolutions
 
 STEPS = 10
 SMALL = 16  # linears with fewer rows or columns stay at 16 bits: action in and out
@@ -26,6 +30,8 @@ SMALL = 16  # linears with fewer rows or columns stay at 16 bits: action in and 
 def rounded(bits: int, act_bits: int, group: int = 0) -> PartOf:
     """Round to nearest: enough for a measurement of time."""
     def part_of(module: nn.Module) -> Part:
+        if isinstance(module, Stored):
+            return stored_part(module)
         linear = cast(nn.Linear, module)
         w = linear.weight.detach().float()
         if min(w.shape) < SMALL:
@@ -59,7 +65,9 @@ def float_form(net: LiberoVlaNet, inputs: tuple[Tensor, ...], compiled: bool) ->
 
 def integer_form(net: LiberoVlaNet, inputs: tuple[Tensor, ...], bits: int, act_bits: int
                  ) -> tuple[Callable[[], Any], int]:
-    """Return the same as recorded programs, and the bytes of its low-bit weights."""
+    """Return the same as recorded programs, the stem at 8 bits, and the bytes of its weights."""
+    net = copy.deepcopy(net)
+    round_convolutions(net, libero_vla_sites(net), Stored)
     program = ChunkProgram(net, rounded(bits, act_bits), STEPS)
 
     def run() -> Tensor:

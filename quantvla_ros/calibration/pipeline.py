@@ -28,6 +28,7 @@ from quantvla_ros.quant.convert import (
     quantize_net,
     recipe_layout,
 )
+from quantvla_ros.quant.convolutions import convolution_layers
 from quantvla_ros.quant.layout import EVERYTHING
 from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear
 from quantvla_ros.quant.matching import Factors, fit_factors, fold
@@ -135,7 +136,8 @@ def nearest_artifact(model: Path, precision: str) -> Path:
     if not (folder / JSON_NAME).is_file():
         recipe, scheme = find_recipe('rtn'), parse_scheme(precision)
         checkpoint, net = read_checkpoint(model)
-        layers = quantize_unseen(net, recipe, scheme)
+        layers = {**convolution_layers(net, libero_vla_sites(net)),
+                  **quantize_unseen(net, recipe, scheme)}
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_artifact(folder, layers, Provenance(checkpoint.sha256, recipe.name, precision))
     return folder

@@ -27,7 +27,9 @@ from quantvla_ros.kernels import dispatch
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.libero_checkpoint import SETTINGS, read_checkpoint, read_settings
 from quantvla_ros.policies.libero_panda import LiberoVla
+from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.artifact import Provenance, write_artifact
+from quantvla_ros.quant.convolutions import round_convolutions
 from quantvla_ros.quant.linear import Make, QuantLinear
 from quantvla_ros.quant.recipes import Recipe, find_recipe
 from quantvla_ros.quant.scheme import Scheme, parse_scheme
@@ -142,6 +144,7 @@ def _work(
     held = held[:: max(1, len(held) // JUDGED_FRAMES)][:JUDGED_FRAMES]
     reference = chunks(policy, held, OTHER_NOISE)
     floor = chunks(policy, held, 2 * OTHER_NOISE)
+    stem = round_convolutions(policy.net, libero_vla_sites(policy.net), layer_maker())
     result = quantize_policy(
         policy, recipe, precision, fitted, seed=args.seed, blockwise=not args.one_pass,
         make=layer_maker(), progress=_tell,
@@ -167,10 +170,12 @@ def _work(
             'judged_frames': len(held),
         },
     )
-    sha256 = write_artifact(folder, result.layers, provenance)
+    layers = {**stem, **result.layers}
+    sha256 = write_artifact(folder, layers, provenance)
+    nbytes = sum(layer.nbytes for layer in layers.values())
     print(
-        f'{folder}: {recipe.name} {precision.name}, {len(result.layers)} layers, '
-        f'{result.nbytes / 1e6:.2f} MB, sha256 {sha256[:16]}\n'
+        f'{folder}: {recipe.name} {precision.name}, {len(layers)} layers, '
+        f'{nbytes / 1e6:.2f} MB, sha256 {sha256[:16]}\n'
         f'action error on {len(held)} held-out frames: {error.mean_mrad:.2f} mrad (p95 '
         f'{error.p95_mrad:.2f}, gripper {100 * error.gripper:.2f} %); another noise seed: '
         f'{other.mean_mrad:.2f} mrad\n'

@@ -46,6 +46,8 @@ class Call(ctypes.Structure):
         ('k', c_void_p), ('v', c_void_p), ('ldk', c_int64), ('ldv', c_int64), ('keys', c_int64),
         ('cos', c_void_p), ('sin', c_void_p), ('batch', c_int32), ('heads', c_int32),
         ('kv_heads', c_int32), ('head_dim', c_int32), ('scale', c_float), ('cells', c_void_p),
+        ('window', c_int32), ('stride', c_int32), ('pad', c_int32), ('height', c_int32),
+        ('width', c_int32), ('channels', c_int32), ('groups', c_int32), ('activation', c_int32),
     ]
 
 

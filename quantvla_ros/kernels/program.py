@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from quantvla_ros.kernels import dispatch, native, reference
-from quantvla_ros.kernels.layer import Layer, NativeLayer
+from quantvla_ros.kernels.layer import ACTIVATION_CODES, Layer, NativeLayer
+from quantvla_ros.kernels.windows import Window
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,16 @@ class Program:
         gate: Tensor | None = None,
         residual: Tensor | None = None,
         act_scale: float | None = None,
+        window: Window | None = None,
         name: str = '',
     ) -> None:
-        """Record y = residual + gate * factor * layer(norm(x)).
+        """Record y = residual + gate * factor * layer(norm(x)), or of the windows of a map x.
 
         x (rows, K); y, factor and residual (rows, N); gate (N,). Factor and residual may be y
         itself, or must have its strides. Rows may lie apart (a slice of the columns of a larger
         matrix). Layers that follow each other and quantize the same x in the same way share that.
         """
-        _matrix('x', x, layer.k)
+        _matrix('x', x, layer.k if window is None else layer.k // window.size**2)
         _matrix('y', y, layer.n)
         _vector('gate', gate, layer.n)
         norm_is = norm or Norm(0.0)
@@ -112,21 +114,33 @@ class Program:
                 raise ValueError(f'{what} must have the row distance of y')
             if len(other) != len(y):
                 raise ValueError(f'{what} has {len(other)} rows and y {len(y)}; expected the same')
-        if x.shape[0] != y.shape[0]:
-            raise ValueError(f'x has {len(x)} rows and y {len(y)}; expected the same number')
+        tokens = len(x) if window is None else window.tokens
+        if tokens != len(y):
+            raise ValueError(f'x has {tokens} rows and y {len(y)}; expected the same number')
+        if window is not None and (
+                len(x) != window.batch * window.height * window.width
+                or layer.k % window.size**2):
+            raise ValueError(
+                f'a map of {len(x)} pixels and {layer.k} columns does not fit {window}')
         self._kept += [layer, x, y, norm, factor, gate, residual]
-        self._reads[len(self._steps)] = Read(name, x, norm)
+        if window is None:
+            self._reads[len(self._steps)] = Read(name, x, norm)
         # No reference to self: a program that is dropped must be freed at once, not by a
         # collection of cycles, which would hold up every thread of the interpreter.
         reference_step = Program._reference
         self._steps.append(
-            lambda: reference_step(layer, x, y, norm, factor, gate, residual, act_scale))
+            lambda: reference_step(layer, x if window is None else window.of(x), y, norm, factor,
+                                   gate, residual, act_scale))
         if isinstance(layer, NativeLayer):
-            self._calls.append(native.Call(
-                kind=0, dtype=0, layer=layer.handle, rows=len(x), x=x.data_ptr(),
+            call = native.Call(
+                kind=0, dtype=0, layer=layer.handle, rows=len(y), x=x.data_ptr(),
                 ldx=x.stride(0), y=y.data_ptr(), ldy=y.stride(0), factor=_at(factor),
                 residual=_at(residual), gate=_at(gate), norm_multiply=_at(norm_is.multiply),
-                norm_add=_at(norm_is.add), norm_eps=norm_is.eps, act_scale=act_scale or 0.0))
+                norm_add=_at(norm_is.add), norm_eps=norm_is.eps, act_scale=act_scale or 0.0)
+            if window is not None:
+                call.window, call.stride, call.pad = window.size, window.stride, window.pad
+                call.height, call.width, call.batch = window.height, window.width, window.batch
+            self._calls.append(call)
 
     @staticmethod
     def _reference(
@@ -141,6 +155,35 @@ class Program:
         product = layer(x, act_scale=act_scale) * factor
         product = product if gate is None else product * gate
         y.copy_(product if residual is None else product + residual)
+
+    def group_norm(
+        self, x: Tensor, y: Tensor, multiply: Tensor, add: Tensor, *, batch: int, groups: int,
+        eps: float, activation: str = 'none',
+    ) -> None:
+        """Record y = activation(group norm of a map), each batch entry by itself; y may be x.
+
+        x, y (batch * pixels, channels), channels a multiple of 16; multiply, add (channels).
+        """
+        channels = len(multiply)
+        _matrix('x', x, channels)
+        _matrix('y', y, channels)
+        _vector('add', add, channels)
+        if channels % 16 or channels % groups or len(x) != len(y) or len(x) % batch:
+            raise ValueError(f'a map of {len(x)} rows and {channels} channels does not fit '
+                             f'{groups} groups and a batch of {batch}')
+        if activation not in ('none', 'silu'):
+            raise ValueError(f"activation is {activation!r}; expected 'none' or 'silu'")
+        self._kept += [x, y, multiply, add]
+
+        def step() -> None:
+            y.copy_(reference.group_norm(x, batch, groups, multiply, add, eps, activation))
+
+        self._steps.append(step)
+        self._calls.append(native.Call(
+            kind=3, dtype=0, rows=len(x), x=x.data_ptr(), ldx=x.stride(0), y=y.data_ptr(),
+            ldy=y.stride(0), norm_multiply=multiply.data_ptr(), norm_add=add.data_ptr(),
+            norm_eps=eps, batch=batch, channels=channels, groups=groups,
+            activation=ACTIVATION_CODES[activation]))
 
     def attention(
         self,

@@ -114,6 +114,16 @@ def normalize(
     return y if add is None else y + add.float()
 
 
+def group_norm(
+    x: Tensor, batch: int, groups: int, multiply: Tensor, add: Tensor, eps: float,
+    activation: str = 'none',
+) -> Tensor:
+    """Group norm of a map (batch * pixels, channels), then the activation; in float64."""
+    maps = x.double().reshape(batch, -1, x.shape[1]).transpose(1, 2)
+    y = F.group_norm(maps, groups, multiply.double(), add.double(), eps)
+    return ACTIVATIONS[activation](y).transpose(1, 2).reshape(x.shape).float()
+
+
 def linear(
     x: Tensor,
     weight: Weight,
@@ -177,5 +187,5 @@ def attention(
     return out.transpose(1, 2)
 
 
-__all__ = ['MixedWeight', 'PackedWeight', 'accumulate', 'attention', 'block_hadamard', 'linear',
-           'normalize', 'quantize_activations']
+__all__ = ['MixedWeight', 'PackedWeight', 'accumulate', 'attention', 'block_hadamard',
+           'group_norm', 'linear', 'normalize', 'quantize_activations']

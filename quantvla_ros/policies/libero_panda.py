@@ -268,9 +268,15 @@ class LiberoVla:
     ) -> tuple[tuple[Tensor, Tensor, Tensor], np.ndarray]:
         """Return images, words and state as the network reads them, and the states in SI."""
         states = np.stack([self.door.state(observation) for observation in observations])
-        frames = torch.from_numpy(np.stack([self.door.images(o) for o in observations]))
+        frames = np.stack([self.door.images(o) for o in observations])
         words = np.stack([self.door.vocabulary.encode(o.instruction) for o in observations])
-        images = frames.to(self.device).permute(0, 1, 4, 2, 3).float() / 127.5 - 1.0
+        if self.device.type == 'cpu':
+            # numpy: the same numbers, and no thread of torch that spins on a core of the kernels
+            scaled = torch.from_numpy(
+                frames.astype(np.float32) / np.float32(127.5) - np.float32(1.0))
+        else:
+            scaled = torch.from_numpy(frames).to(self.device).float() / 127.5 - 1.0
+        images = scaled.permute(0, 1, 4, 2, 3)
         normalized = torch.from_numpy(self.door.normalize_state(states))
         return (
             images.to(self.dtype),

@@ -2,115 +2,40 @@
 """The shipped network as recorded programs: one for the prefix, one for each denoising step.
 
 What is left of the time once the products are integer ones is the interpreter between five hundred
-small layers. Here an observation costs one call for vision and backbone and one for each step;
-only the convolutional stem stays in torch. Owns no weight format and no denoising loop: `part_of`
-says what each linear layer became, policies/flow.py integrates. Serves one observation at a time.
+small layers. Here an observation costs one call for vision and backbone and one for each step; a
+convolutional stem that an artifact left in float stays in torch. Owns no weight format and no
+denoising loop: `part_of` says what each linear layer became (policies/libero_parts.py),
+policies/flow.py integrates. Serves one observation at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+import weakref
+from collections.abc import Callable, Sequence
+from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.kernels.program import Norm, Program, Read
-from quantvla_ros.kernels.weights import PackedWeight, Weight, keep, stack
+from quantvla_ros.kernels.windows import WindowLinear
 from quantvla_ros.policies.flow import flow_times
+from quantvla_ros.policies.libero_parts import Part, PartOf, Stored, stacked, stored_part
 from quantvla_ros.policies.libero_vla import HEAD_WIDTH, NORM_EPS, ActionBlock, Block, LiberoVlaNet
-from quantvla_ros.quant.linear import QuantizedLayer, kernel_transform
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """What one linear layer became: weight, bias, bits of every token, and how it enters.
+class RecordedContext:
+    """What one observation leaves for the action head; it outlives the next observation.
 
-    hadamard: block, 0 or 64. diagonal: (in,) multipliers of the input or None. act_scales: static
-    scales of the tokens, (1,) or one for each denoising step, or None.
+    It lies in the buffers of its program, and is copied when another one needs them: a policy that
+    makes one chunk after the other copies nothing.
     """
 
-    weight: Weight
-    bias: Tensor | None = None
-    act_bits: int = 8
-    hadamard: int = 0
-    diagonal: Tensor | None = None
-    act_scales: Tensor | None = None
-
-    def joins(self, other: Part) -> bool:
-        """Whether both may be one call: the same tokens, weights of one width and grouping."""
-        a, b = self.weight, other.weight
-        if not isinstance(a, PackedWeight) or not isinstance(b, PackedWeight):
-            return False
-        return (
-            (a.bits, a.group, self.act_bits, self.hadamard)
-            == (b.bits, b.group, other.act_bits, other.hadamard)
-            and _same(self.diagonal, other.diagonal)
-            and _same(self.act_scales, other.act_scales)
-        )
-
-    def act_scale(self, step: int | None) -> float | None:
-        """Static scale of a denoising step (None: the prefix); None where tokens have theirs."""
-        scales = self.act_scales
-        if scales is None or scales.numel() == 1:
-            return None if scales is None else float(scales)
-        if step is None or step >= scales.numel():
-            raise ValueError(
-                f'a layer has scales for {scales.numel()} denoising steps, and step {step} runs; '
-                'quantize for the number of steps that is used'
-            )
-        return float(scales[step])
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-
-PartOf = Callable[[nn.Module], Part]
-RUN_AT_LOAD = ('action.time_in', 'action.time_out')  # make the modulation, once for all chunks
-
-
-class Stored(nn.Module):
-    """Stands for a linear layer in a network that is only recorded; holds what is recorded."""
-
-    def __init__(self, layer: QuantizedLayer) -> None:
-        super().__init__()
-        self.out_features, self.in_features = layer.weight.shape
-        weight, bias = layer.folded()
-        fused = kernel_transform(layer.transform)
-        assert fused is not None, 'recordable() was asked'
-        diagonal, hadamard = fused
-        self.part: Part | None = Part(weight, bias, layer.scheme.act_bits, hadamard, diagonal,
-                                      layer.act_scales)
-
-
-def recordable(layers: Mapping[str, QuantizedLayer]) -> bool:
-    """Whether programs can serve all layers that run for a chunk: integer tokens, and a transform
-    that the kernels take."""
-    return all(
-        layer.scheme.act_bits < 16 and kernel_transform(layer.transform) is not None
-        for name, layer in layers.items()
-        if name not in RUN_AT_LOAD
-    )
-
-
-def stored_part(module: nn.Module) -> Part:
-    """Take the part of a Stored layer, which lets go of it; a float linear is kept at 16 bits."""
-    if isinstance(module, Stored):
-        assert module.part is not None, 'recorded once'
-        return module.part
-    linear = cast(nn.Linear, module)
-    return Part(keep(linear.weight.detach()), linear.bias)
-
-
-class RecordedContext(NamedTuple):
-    """What one observation leaves for the action head; a copy that outlives the next one."""
-
-    keys_values: Tensor  # of all blocks, as the kernels read them
-    start: Tensor
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, Tensor] | None = None  # keys and values, start
 
 
 class ChunkProgram:
@@ -128,6 +53,8 @@ class ChunkProgram:
         self._names = {module: name for name, module in net.named_modules()}
         self.see: tuple[Callable[[Read], None], int] | None = None  # and the step that is seen
         self._layers: dict[tuple[nn.Module, ...], list[tuple[Part, dispatch.Layer]]] = {}
+        integer_stem = isinstance(net.vision.patch, WindowLinear)
+        self.pixels = torch.empty(c.views * c.image**2, 3) if integer_stem else None
         self.patches = torch.empty(c.views * c.patches, c.vision_width)
         self.tokens = torch.empty(c.tokens, c.width)
         pairs = 2 * c.action_kv_heads * HEAD_WIDTH * c.action_layers
@@ -141,7 +68,8 @@ class ChunkProgram:
         # what a context keeps: the keys in the kernels' order, or for the reference as they are
         self._kept = self.cells if self.cells.numel() else self.keys_values
         self._step: int | None = None  # the denoising step that is being recorded
-        self._loaded: RecordedContext | None = None  # whose keys and values lie in the buffers
+        # whose keys and values lie in the buffers
+        self._owner: Callable[[], RecordedContext | None] = lambda: None
         with torch.no_grad():
             self._prefix = self._record_prefix()
             self._steps = self._record_steps()
@@ -168,7 +96,7 @@ class ChunkProgram:
                     up=None if other is None else other.weight,
                     up_bias=None if other is None else other.bias,
                 ))
-                for part in _stacked([self._part_of(linear) for linear in linears])
+                for part in stacked([self._part_of(linear) for linear in linears])
             ]
             self.nbytes += sum(layer.nbytes for _, layer in made)
             self._layers[key] = made
@@ -222,8 +150,36 @@ class ChunkProgram:
         self._put(program, [fc1], x, hidden, norm, activation='gelu_tanh')
         self._put(program, [cast(nn.Module, block.mlp.fc2)], hidden, x, residual=x)
 
+    def _stem(self, program: Program) -> None:
+        """Pixels to patches, where the convolutions are integer layers."""
+        vision, c = self.net.vision, self.net.config
+        assert self.pixels is not None
+        x, side = self.pixels, c.image
+        for conv, norm in zip(vision.convs, vision.conv_norms, strict=True):
+            x, side = self._windows(program, cast(WindowLinear, conv), x, side)
+            assert isinstance(norm, nn.GroupNorm)
+            program.group_norm(x, x, norm.weight.detach(), norm.bias.detach(), batch=c.views,
+                               groups=norm.num_groups, eps=norm.eps, activation='silu')
+        places = (vision.position + vision.view).detach().reshape(self.patches.shape)
+        self._windows(program, cast(WindowLinear, vision.patch), x, side, self.patches,
+                      residual=places.contiguous())
+
+    def _windows(
+        self, program: Program, conv: WindowLinear, x: Tensor, side: int, y: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Record a convolution of square maps; return its maps and their side."""
+        window = conv.window(side, side, self.net.config.views)
+        [(part, layer)] = self._layer([conv.linear])
+        y = torch.empty(window.tokens, layer.n) if y is None else y
+        program.linear(layer, x, y, window=window, residual=residual,
+                       act_scale=part.act_scale(None))
+        return y, window.out_width
+
     def _record_prefix(self) -> Program:
         net, program = self.net, Program()
+        if self.pixels is not None:
+            self._stem(program)
         for block in net.vision.blocks:
             self._block(program, cast(Block, block), self.patches, net.config.views)
         self._put(program, [net.vision.project], self.patches,
@@ -287,13 +243,14 @@ class ChunkProgram:
     @torch.inference_mode()
     def prefix(self, images: Tensor, words: Tensor, state: Tensor) -> RecordedContext:
         """Encode images (1, V, 3, H, W) in [-1, 1], words (1, W) and state (1, S)."""
-        vision, backbone, action = self.net.vision, self.net.backbone, self.net.action
-        x = images.flatten(0, 1)
-        for conv, norm in zip(vision.convs, vision.conv_norms, strict=True):
-            x = F.silu(norm(conv(x)), inplace=True)
-        x = vision.patch(x).flatten(2).transpose(1, 2)
-        torch.add(x, vision.position + vision.view,
-                  out=self.patches.view(x.shape))
+        backbone, action = self.net.backbone, self.net.action
+        self._make_room()
+        if self.pixels is None:
+            self._float_stem(images)
+        else:
+            # numpy: torch would wake a thread, which then spins on a core that the kernels want
+            maps = self.pixels.numpy().reshape(images.shape[1], *images.shape[3:], 3)
+            np.copyto(maps, images[0].permute(0, 2, 3, 1).numpy())
         count = len(self.patches)
         self.tokens[count:-1] = backbone.word(words[0])
         self.tokens[-1] = backbone.state(state)[0]
@@ -302,34 +259,38 @@ class ChunkProgram:
             self._prefix.run()
         else:
             self._prefix.look(self.see[0])
-        self._loaded = RecordedContext(self._kept.clone(), self.start.clone())
-        return self._loaded
+        context = RecordedContext()
+        self._owner = weakref.ref(context)
+        return context
+
+    def _float_stem(self, images: Tensor) -> None:
+        vision, x = self.net.vision, images.flatten(0, 1)
+        for conv, norm in zip(vision.convs, vision.conv_norms, strict=True):
+            x = F.silu(norm(conv(x)), inplace=True)
+        x = vision.patch(x).flatten(2).transpose(1, 2)
+        torch.add(x, vision.position + vision.view, out=self.patches.view(x.shape))
+
+    def _make_room(self) -> None:
+        """Let the context that lies in the buffers keep itself, if anybody still has it."""
+        owner = self._owner()
+        if owner is not None and owner.kept is None:
+            owner.kept = (self._kept.clone(), self.start.clone())
 
     @torch.inference_mode()
     def velocity(self, context: RecordedContext, x: Tensor, step: int) -> Tensor:
         """Velocity (1, A, action) of a noisy normalised chunk x at one of the steps' times."""
-        if self._loaded is not context:
-            self._kept.copy_(context.keys_values)
-            self.start.copy_(context.start)
-            self._loaded = context
+        if self._owner() is not context:
+            assert context.kept is not None, 'made by another program'
+            self._make_room()
+            self._kept.copy_(context.kept[0])
+            self.start.copy_(context.kept[1])
+            self._owner = weakref.ref(context)
         self.chunk.copy_(x[0])
         if self.see is not None and step == self.see[1] % self.steps:
             self._steps[step].look(self.see[0])
         else:
             self._steps[step].run()
         return self.speed[None].clone()
-
-
-def _stacked(parts: list[Part]) -> list[Part]:
-    """Join parts of one kind into one whose rows follow each other; else return them as they are.
-
-    The biases must be all there or all missing.
-    """
-    first, biases = parts[0], [part.bias for part in parts if part.bias is not None]
-    if len(parts) == 1 or not all(map(first.joins, parts)) or len(biases) not in (0, len(parts)):
-        return parts
-    weight = stack([cast(PackedWeight, part.weight) for part in parts])
-    return [replace(first, weight=weight, bias=torch.cat(biases) if biases else None)]
 
 
 def _rotary(table: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -23,7 +23,7 @@ from quantvla_ros.policies.libero_checkpoint import (
     verified_weights,
     weight_problems,
 )
-from quantvla_ros.policies.libero_program import RUN_AT_LOAD, Stored, recordable
+from quantvla_ros.policies.libero_parts import RUN_AT_LOAD, Stored, recordable
 from quantvla_ros.policies.libero_vla import Attention, LiberoVlaNet, rotary_table
 from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.artifact import JSON_NAME, Artifact, ArtifactError, read_artifact
@@ -91,10 +91,17 @@ def open_artifact(model: Path, precision: str) -> Opened:
 def build(opened: Opened, layers: Mapping[str, QuantizedLayer], make: Make) -> LiberoVlaNet:
     """Return the network with these layers made by `make`, and everything else in float32.
 
-    Layers that run once, when the policy is loaded, are never only stored for a program.
+    Layers that run once, when the policy is loaded, are never only stored for a program. An
+    artifact without the convolutions leaves them in float; one with some of them is refused.
     """
     with torch.device('meta'):
         net = LiberoVlaNet(opened.checkpoint.config)
+    stem = {site.name for site in opened.sites.convolutions}
+    if stem & layers.keys() and stem - layers.keys():
+        raise ArtifactError(
+            f'{opened.folder} holds {", ".join(sorted(stem & layers.keys()))} and lacks '
+            f'{", ".join(sorted(stem - layers.keys()))}; quantize this model again'
+        )
     at_load = {name: layers[name] for name in RUN_AT_LOAD if name in layers}
     others = {name: layer for name, layer in layers.items() if name not in at_load}
     try:

@@ -99,6 +99,12 @@ def libero_vla_sites(net: LiberoVlaNet) -> PolicySites:
         for name, module in net.named_modules()
         if isinstance(module, LiberoAttention) and name.startswith('action.')
     )
+    stem = tuple(
+        LinearSite(name, 'vision', module.weight[0].numel(), module.out_channels,
+                   module.bias is not None)
+        for name, module in net.vision.named_modules(prefix='vision')
+        if isinstance(module, nn.Conv2d)
+    )
     return PolicySites(
-        tuple(_linears(net, LIBERO_RULES)), attentions, _blocks(net, LIBERO_BLOCKS)
+        tuple(_linears(net, LIBERO_RULES)), attentions, _blocks(net, LIBERO_BLOCKS), stem
     )

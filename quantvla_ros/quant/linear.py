@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.kernels.weights import PackedWeight, Weight, dequantize
+from quantvla_ros.kernels.windows import WindowLinear
 from quantvla_ros.quant.scheme import PerRow, Scheme
 from quantvla_ros.quant.transforms import InputTransform, from_tensors
 
@@ -197,18 +198,21 @@ def replace_linears(
 ) -> None:
     """Put a QuantLinear in the place of each named linear; the float weights are let go.
 
-    make: another module for a stored layer, such as quant.simulate's.
+    A convolution becomes such a layer on its windows. make: another module for a stored layer,
+    such as quant.simulate's.
 
-    Raises ValueError when a name leads to no nn.Linear or the shapes differ.
+    Raises ValueError when a name leads to neither or the shapes differ.
     """
     for name, layer in layers.items():
         old = net.get_submodule(name)
-        if not isinstance(old, nn.Linear):
+        if not isinstance(old, (nn.Linear, nn.Conv2d)):
             raise ValueError(f'{name!r} is a {type(old).__name__}, not a linear layer')
-        if tuple(old.weight.shape) != tuple(layer.weight.shape):
+        shape = (old.weight.shape[0], old.weight[0].numel())
+        if shape != tuple(layer.weight.shape):
             raise ValueError(
-                f'{name!r} has shape {tuple(old.weight.shape)}, '
-                f'the quantized layer {tuple(layer.weight.shape)}'
+                f'{name!r} has shape {shape}, the quantized layer {tuple(layer.weight.shape)}'
             )
+        new = make(layer)
         parent, _, child = name.rpartition('.')
-        setattr(net.get_submodule(parent), child, make(layer))
+        setattr(net.get_submodule(parent), child,
+                WindowLinear(old, new) if isinstance(old, nn.Conv2d) else new)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers of an integer layer by float arithmetic, for tables and for other devices.
 
-Same codes, same scales and the same rounding as the kernels; only the sums are float32 products,
-so results agree to float rounding. Runs wherever torch runs. Saves no memory and no time: what
-serves a robot is QuantLinear.
+Same codes, same scales and the same rounding as the kernels. Where a scale stands for a whole row
+and the sums of its integers fit into a float32, they are those of the kernels bit for bit; else
+the sums are float32 products, and results agree to float rounding. Runs wherever torch runs.
+Saves no memory and no time: what serves a robot is QuantLinear.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantvla_ros.kernels.reference import TINY
-from quantvla_ros.kernels.weights import MixedWeight, Weight, dequantize
+from quantvla_ros.kernels.weights import (
+    RANGES,
+    MixedWeight,
+    PackedWeight,
+    Weight,
+    dequantize,
+    unpack,
+)
 from quantvla_ros.quant.linear import QuantizedLayer, static_scale
 from quantvla_ros.quant.scheme import qmax
 from quantvla_ros.quant.transforms import InputTransform, from_tensors
+
+EXACT = 2**24  # integers up to here are float32 numbers
 
 
 class SimulatedLinear(nn.Module):
@@ -24,20 +34,26 @@ class SimulatedLinear(nn.Module):
 
     Buffers: weight (out, in) float32, dequantized with the fold, in the frame of the transform;
     bias (out,) or None; act_scales as stored; the transform's tensors under their names; wide
-    (rows,) int64, the rows that are kept at 16 bits and meet unrounded tokens.
+    (rows,) int64, the rows that are kept at 16 bits and meet unrounded tokens. Where sums are
+    exact, weight holds the codes and row_scales (out,) what they are multiplied with.
     """
 
     weight: Tensor
     wide: Tensor
     bias: Tensor | None
     act_scales: Tensor | None
+    row_scales: Tensor | None
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
         self.scheme = layer.scheme
         self.out_features, self.in_features = layer.weight.shape
         weight, bias = layer.folded()
-        self.register_buffer('weight', dequantize(weight), persistent=False)
+        exact = sums_are_exact(weight, layer.scheme.act_bits)
+        codes = unpack(weight).float() if exact else dequantize(weight)  # type: ignore[arg-type]
+        self.register_buffer('weight', codes, persistent=False)
+        self.register_buffer('row_scales', weight.scales[:, 0] if exact else None,  # type: ignore
+                             persistent=False)
         self.register_buffer('bias', bias, persistent=False)
         self.register_buffer('act_scales', layer.act_scales, persistent=False)
         self.register_buffer('wide', wide_rows(weight), persistent=False)
@@ -57,8 +73,11 @@ class SimulatedLinear(nn.Module):
         z = self.transform.activations(x.float())
         if self.scheme.act_bits >= 16:
             return F.linear(z, self.weight, self.bias).to(x.dtype)
-        rounded = round_tokens(z, self.scheme.act_bits, static_scale(self.act_scales))
-        y = F.linear(rounded, self.weight, self.bias)
+        codes, steps = token_codes(z, self.scheme.act_bits, static_scale(self.act_scales))
+        if self.row_scales is not None:  # in the order of the kernels
+            y = F.linear(codes, self.weight) * self.row_scales * steps
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
+        y = F.linear(codes * steps, self.weight, self.bias)
         if len(self.wide):
             bias = None if self.bias is None else self.bias[self.wide]
             y[..., self.wide] = F.linear(z, self.weight[self.wide], bias)
@@ -73,16 +92,33 @@ def wide_rows(weight: Weight) -> Tensor:
     return weight.order[: len(widths)][widths == 16]
 
 
+def sums_are_exact(weight: Weight, act_bits: int) -> bool:
+    """Whether no integer sum of a row can leave what a float32 holds exactly."""
+    if not isinstance(weight, PackedWeight) or weight.bits == 16 or act_bits >= 16:
+        return False
+    whole_rows = weight.scales.shape[1] == 1
+    largest = max(-RANGES[weight.bits][0], RANGES[weight.bits][1])
+    return whole_rows and weight.shape[1] * largest * qmax(act_bits) <= EXACT
+
+
 def round_tokens(x: Tensor, bits: int, scale: float | None = None) -> Tensor:
     """Round tokens (..., k) to their grid and back: one scale for each, or a static one."""
+    codes, steps = token_codes(x, bits, scale)
+    return codes * steps
+
+
+def token_codes(
+    x: Tensor, bits: int, scale: float | None = None
+) -> tuple[Tensor, Tensor | float]:
+    """Integers of tokens (..., k), as floats, and their steps (..., 1) or the static one."""
     top = qmax(bits)
     if scale is not None:
-        return (x * (1.0 / scale)).round().clamp(-top, top) * scale
+        return (x * (1.0 / scale)).round().clamp(-top, top), scale
     peak = x.abs().amax(-1, keepdim=True)
     silent = peak < TINY
     inverse = torch.where(silent, torch.zeros_like(peak), torch.full_like(peak, top) / peak)
     steps = torch.where(silent, torch.ones_like(peak), peak / top)
-    return (x * inverse).round().clamp(-top, top) * steps
+    return (x * inverse).round().clamp(-top, top), steps
 
 
 def simulate(layer: QuantizedLayer) -> nn.Module:

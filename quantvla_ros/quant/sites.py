@@ -75,15 +75,18 @@ class PolicySites:
     """Everything of one policy that quantization may touch.
 
     blocks: module paths of the blocks that are loaded and quantized one at a time, in the order
-    in which activations flow. Raises ValueError on a name that appears twice or leads nowhere.
+    in which activations flow. convolutions: those that may run on integers as products of their
+    windows, at 8 bits whatever the recipe; in_features are the values of a window. Raises
+    ValueError on a name that appears twice or leads nowhere.
     """
 
     linears: tuple[LinearSite, ...]
     attentions: tuple[AttentionSite, ...]
     blocks: tuple[str, ...]
+    convolutions: tuple[LinearSite, ...] = ()
 
     def __post_init__(self) -> None:
-        names = [linear.name for linear in self.linears]
+        names = [site.name for site in (*self.linears, *self.convolutions)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f'linears named twice: {", ".join(twice)}')
@@ -94,8 +97,8 @@ class PolicySites:
                     raise ValueError(f'{site.name}: {name!r} is not one of the linears')
 
     def linear(self, name: str) -> LinearSite:
-        """Return a linear by its module path."""
-        for site in self.linears:
+        """Return a linear, or a convolution, by its module path."""
+        for site in (*self.linears, *self.convolutions):
             if site.name == name:
                 return site
         raise ValueError(f'{name!r} is not a linear of this policy')

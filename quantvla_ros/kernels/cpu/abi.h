@@ -6,7 +6,7 @@
 
 #define QV_API extern "C" __attribute__((visibility("default")))
 
-enum qv_kind : int32_t { QV_LINEAR = 0, QV_ATTENTION = 1, QV_GATHER = 2 };
+enum qv_kind : int32_t { QV_LINEAR = 0, QV_ATTENTION = 1, QV_GATHER = 2, QV_GROUP_NORM = 3 };
 enum qv_dtype : int32_t { QV_F32 = 0, QV_BF16 = 1, QV_F16 = 2 };
 enum qv_activation : int32_t { QV_NONE = 0, QV_SILU = 1, QV_GELU_TANH = 2 };
 enum qv_status : int32_t { QV_OK = 0, QV_MEMORY = 1, QV_SIZE = 2, QV_SHAPE = 3 };
@@ -40,6 +40,13 @@ struct qv_call {
   float scale;
   float* cells;  // qv_cells() floats, aligned to 64 bytes: gather writes keys (turned, transposed)
                  // and values there; attention reads them from there, or gathers where it is null
+  // A linear whose tokens are windows of a map: x (batch * height * width, K / window^2), a token
+  // holds its window row by row, channels innermost, zero beyond the edge; float32 only. Group
+  // norm of a map: x and y (rows, channels), batch entries of rows / batch, with norm_eps,
+  // norm_multiply, norm_add, then the activation; y may be x.
+  int32_t window;  // pixels along a side; 0: x holds the tokens themselves
+  int32_t stride, pad, height, width;
+  int32_t channels, groups, activation;
 };
 
 // A layer is made in steps: new, one part per width, finish; which = 0 main, 1 up (gated MLP).

@@ -6,47 +6,70 @@
 
 namespace {
 
-constexpr int QUERIES = 4;  // queries of one task
+constexpr int QUERIES = VL == 16 ? 8 : 4;  // whose sums stay in registers together
+constexpr int GROUPS = 2;                  // of so many queries, of a task with many of them
 
-// out (QUERIES, n) = a (QUERIES, depth) b (depth, n): 4 x 2 vectors of sums stay in registers.
-inline void small_product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
-                          int64_t n, float* out, int64_t ldo) {
-  for (int64_t j = 0; j < n; j += 2 * VL) {
-    Floats s00{}, s01{}, s10{}, s11{}, s20{}, s21{}, s30{}, s31{};
-    const float* column = b + j;
-    for (int64_t d = 0; d < depth; ++d, column += ldb) {
-      const Floats b0 = load(column), b1 = load(column + VL);
-      const float a0 = a[d], a1 = a[lda + d], a2 = a[2 * lda + d], a3 = a[3 * lda + d];
-      s00 += b0 * a0, s01 += b1 * a0;
-      s10 += b0 * a1, s11 += b1 * a1;
-      s20 += b0 * a2, s21 += b1 * a2;
-      s30 += b0 * a3, s31 += b1 * a3;
+// out (QUERIES, 2 VL) = a (QUERIES, depth) b (depth, 2 VL).
+inline __attribute__((always_inline)) void small_tile(const float* a, int64_t lda, const float* b,
+                                                      int64_t ldb, int64_t depth, float* out,
+                                                      int64_t ldo) {
+  Floats sum[QUERIES][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < QUERIES; ++i) sum[i][0] = sum[i][1] = Floats{};
+  for (int64_t d = 0; d < depth; ++d, b += ldb) {
+    const Floats first = load(b), second = load(b + VL);
+#pragma GCC unroll 8
+    for (int i = 0; i < QUERIES; ++i) {
+      const float factor = a[i * lda + d];
+      sum[i][0] += first * factor;
+      sum[i][1] += second * factor;
     }
-    store(out + j, s00), store(out + j + VL, s01);
-    store(out + ldo + j, s10), store(out + ldo + j + VL, s11);
-    store(out + 2 * ldo + j, s20), store(out + 2 * ldo + j + VL, s21);
-    store(out + 3 * ldo + j, s30), store(out + 3 * ldo + j + VL, s31);
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < QUERIES; ++i) {
+    store(out + i * ldo, sum[i][0]);
+    store(out + i * ldo + VL, sum[i][1]);
+  }
+}
+
+// out (queries, n) = a (queries, depth) b (depth, n): columns outside, so that those of b stay in
+// the first-level cache for all groups of queries.
+inline void small_product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth,
+                          int64_t n, float* out, int64_t ldo, int64_t queries) {
+  for (int64_t j = 0; j < n; j += 2 * VL)
+    for (int64_t i = 0; i < queries; i += QUERIES)
+      small_tile(a + i * lda, lda, b + j, ldb, depth, out + i * ldo + j, ldo);
 }
 
 // Turn scores into weights that sum to one; the padding beyond n gets weight zero.
 inline void softmax(float* scores, int64_t n, int64_t padded) {
-  for (int64_t j = n; j < padded; ++j) scores[j] = -__builtin_inff();
+  Ints lane;
+  for (int i = 0; i < VL; ++i) lane[i] = i;
   Floats top = load(scores);
-  for (int64_t j = VL; j < padded; j += VL) top = larger(top, load(scores + j));
+  int64_t whole = n / VL * VL;  // behind it one vector is part padding, the rest nothing else
+  const Ints inside = lane < Ints{} + static_cast<int32_t>(n - whole);
+  for (int64_t j = VL; j < whole; j += VL) top = larger(top, load(scores + j));
+  if (whole < n) {
+    const Floats low = splat(-3.4028234663852886e38f);
+    const Floats last = inside ? load(scores + whole) : low;
+    top = whole ? larger(top, last) : last;
+  }
   const Floats highest = splat(largest(top));
   Floats total{};
-  for (int64_t j = 0; j < padded; j += VL) {
+  for (int64_t j = 0; j < whole; j += VL) {
     const Floats e = exponential(load(scores + j) - highest);
     store(scores + j, e);
     total += e;
   }
-  for (int64_t j = n; j < padded; ++j) {  // exponential clamps: take back what padding added
-    total[0] -= scores[j];
-    scores[j] = 0.0f;
+  if (whole < n) {
+    const Floats e = inside ? exponential(load(scores + whole) - highest) : Floats{};
+    store(scores + whole, e);
+    total += e;
+    whole += VL;
   }
   const Floats inverse = splat(1.0f / sum(total));
-  for (int64_t j = 0; j < padded; j += VL) store(scores + j, load(scores + j) * inverse);
+  for (int64_t j = 0; j < whole; j += VL) store(scores + j, load(scores + j) * inverse);
+  for (int64_t j = whole; j < padded; j += VL) store(scores + j, Floats{});
 }
 
 struct Attention {
@@ -63,8 +86,10 @@ struct Attention {
   }
   float* values(int64_t index) const { return keys(index) + padded * call.head_dim; }
 
-  void rotate(const float* x, int64_t position, float factor, float* y, int64_t step) const {
-    const int64_t h = half();
+  // STEP: floats from one value of y to the next, 0 for a row of transposed keys.
+  template <int STEP>
+  void rotate(const float* x, int64_t position, float factor, float* y) const {
+    const int64_t h = half(), step = STEP ? STEP : padded;
     if (!call.cos) {
       for (int64_t d = 0; d < 2 * h; ++d) y[d * step] = x[d] * factor;
       return;
@@ -82,33 +107,36 @@ struct Attention {
     std::memset(keys(t), 0, static_cast<size_t>(cell()) * 4);
     for (int64_t s = 0; s < call.keys; ++s) {
       const int64_t row = batch * call.keys + s;
-      rotate(call.k + row * call.ldk + head * call.head_dim, s, 1.0f, keys(t) + s, padded);
+      rotate<0>(call.k + row * call.ldk + head * call.head_dim, s, 1.0f, keys(t) + s);
       std::memcpy(values(t) + s * call.head_dim, call.v + row * call.ldv + head * call.head_dim,
                   static_cast<size_t>(call.head_dim) * 4);
     }
   }
 
-  int64_t blocks() const { return (call.rows + QUERIES - 1) / QUERIES; }
+  // Queries of a task.
+  int64_t height() const { return call.rows > GROUPS * QUERIES ? GROUPS * QUERIES : QUERIES; }
+  int64_t blocks() const { return (call.rows + height() - 1) / height(); }
   int64_t tasks() const { return int64_t{call.batch} * call.heads * blocks(); }
 
   void attend(int64_t task, float* scratch) const {
-    const int64_t dim = call.head_dim;
-    float* queries = scratch;
-    float* scores = queries + QUERIES * dim;
-    float* out = scores + QUERIES * padded;
-    const int64_t block = task % blocks(), head = task / blocks() % call.heads;
-    const int64_t batch = task / blocks() / call.heads;
+    const int64_t dim = call.head_dim, block = task % blocks();
+    const int64_t head = task / blocks() % call.heads, batch = task / blocks() / call.heads;
     const int64_t cell_index = batch * call.kv_heads + head * call.kv_heads / call.heads;
-    const int64_t first = block * QUERIES;
-    const int64_t count = call.rows - first < QUERIES ? call.rows - first : QUERIES;
-    for (int64_t i = 0; i < QUERIES; ++i) {
+    const int64_t first = block * height();
+    const int64_t count = call.rows - first < height() ? call.rows - first : height();
+    const int64_t computed = round_up(count, QUERIES);
+    float* queries = scratch;
+    float* scores = queries + GROUPS * QUERIES * dim;
+    float* out = scores + GROUPS * QUERIES * padded;
+    for (int64_t i = 0; i < computed; ++i) {
       const int64_t at = first + (i < count ? i : 0);
-      rotate(static_cast<const float*>(call.x) + (batch * call.rows + at) * call.ldx + head * dim,
-             at, call.scale, queries + i * dim, 1);
+      rotate<1>(static_cast<const float*>(call.x) + (batch * call.rows + at) * call.ldx +
+                    head * dim,
+                at, call.scale, queries + i * dim);
     }
-    small_product(queries, dim, keys(cell_index), padded, dim, padded, scores, padded);
-    for (int64_t i = 0; i < QUERIES; ++i) softmax(scores + i * padded, call.keys, padded);
-    small_product(scores, padded, values(cell_index), dim, call.keys, dim, out, dim);
+    small_product(queries, dim, keys(cell_index), padded, dim, padded, scores, padded, computed);
+    for (int64_t i = 0; i < computed; ++i) softmax(scores + i * padded, call.keys, padded);
+    small_product(scores, padded, values(cell_index), dim, call.keys, dim, out, dim, computed);
     for (int64_t i = 0; i < count; ++i)
       std::memcpy(static_cast<float*>(call.y) + (batch * call.rows + first + i) * call.ldy +
                       head * dim,
@@ -121,7 +149,7 @@ inline Attention attention_of(const qv_call& call, Workspace& work) {
 }
 
 inline int64_t attention_scratch(const Attention& a) {
-  return round_up(QUERIES * (2 * int64_t{a.call.head_dim} + a.padded), 64);
+  return round_up(GROUPS * QUERIES * (2 * int64_t{a.call.head_dim} + a.padded), 64);
 }
 
 inline int32_t prepare_attention(const qv_call& call, Workspace& work, int threads) {

@@ -14,7 +14,7 @@ struct Workspace {
   float* amax = nullptr;
   int32_t* sums = nullptr;
   float* floats = nullptr;  // rows for 16-bit parts, else one row per thread
-  float* keys = nullptr;    // attention: rotated keys, transposed
+  float* keys = nullptr;    // attention: rotated keys, transposed; group norm: sums
   int64_t q_size = 0, scale_size = 0, amax_size = 0, sums_size = 0, floats_size = 0, keys_size = 0;
 
   template <class T>
@@ -185,7 +185,10 @@ struct Run {
 
   // -- the two phases --------------------------------------------------------------------------
 
-  int64_t quantize_step() const { return call.rows < 4 * threads ? 1 : 4; }
+  int64_t quantize_step() const {
+    if (threads == 1) return call.rows;
+    return call.rows < 4 * threads ? 1 : 4 + call.rows / (32 * threads);
+  }
   int64_t quantize_tasks() const { return (call.rows + quantize_step() - 1) / quantize_step(); }
 
   void quantize(int64_t task, int worker) const {
@@ -239,7 +242,8 @@ struct Run {
 
 // Whether the tokens that `before` quantized are those that `call` asks for.
 inline bool same_tokens(const qv_call& before, const qv_call& call) {
-  if (before.kind != QV_LINEAR || call.kind != QV_LINEAR) return false;
+  if (before.kind != QV_LINEAR || call.kind != QV_LINEAR || before.window || call.window)
+    return false;
   const qv_layer &a = *before.layer, &b = *call.layer;
   const char* x = static_cast<const char*>(call.x);
   const char* y = static_cast<const char*>(before.y);
@@ -281,6 +285,7 @@ inline int32_t prepare_linear(const qv_call& call, Workspace& work, int threads)
   if (call.rows > (int64_t{1} << 40) / (depth > call.layer->n ? depth : call.layer->n) ||
       call.rows > int64_t{1} << 30)
     return QV_SIZE;
+  if (call.window && !windows_fit(call)) return QV_SHAPE;
   const int64_t lines = call.layer->wide ? call.rows : threads;
   const int64_t bytes = (call.rows + PAD_ROWS) * distance_of(call.layer->k);
   const bool ok = Workspace::grow(work.q, work.q_size, bytes) &&

@@ -14,7 +14,8 @@ inline Workspace& workspace() {
   return *made;
 }
 
-// A program as phases: two for each call, quantize and multiply, or gather and attend.
+// A program as phases: two for each call, quantize and multiply, gather and attend, or measure and
+// normalize.
 struct Program {
   const qv_call* calls;
   Workspace& work;
@@ -35,6 +36,7 @@ struct Program {
       if (call.layer->watched) observe(call, work);
       return linear(call).multiply_tasks();
     }
+    if (call.kind == QV_GROUP_NORM) return GroupNorm{call, work.keys}.tasks();
     if (first) return call.kind == QV_ATTENTION && call.cells ? 0 : call.batch * call.kv_heads;
     return call.kind == QV_GATHER ? 0 : attention_of(call, work).tasks();
   }
@@ -49,6 +51,14 @@ struct Program {
         linear(call).multiply(task);
       return;
     }
+    if (call.kind == QV_GROUP_NORM) {
+      const GroupNorm norm{call, work.keys};
+      if (first)
+        norm.measure(task);
+      else
+        norm.apply(task);
+      return;
+    }
     const Attention attention = attention_of(call, work);
     if (first)
       attention.gather(task);
@@ -56,6 +66,14 @@ struct Program {
       attention.attend(task, work.floats + worker * attention_scratch(attention));
   }
 };
+
+inline int32_t prepare(const qv_call& call, Workspace& work, int threads) {
+  if (call.kind == QV_LINEAR) return prepare_linear(call, work, threads);
+  if (call.kind != QV_GROUP_NORM) return prepare_attention(call, work, threads);
+  if (!GroupNorm::fits(call)) return QV_SHAPE;
+  const bool ok = Workspace::grow(work.keys, work.keys_size, GroupNorm::room(call));
+  return ok ? QV_OK : QV_MEMORY;
+}
 
 inline int64_t tasks_of(void* context, int64_t phase) {
   return static_cast<const Program*>(context)->tasks(phase);
@@ -129,10 +147,7 @@ int32_t qv_run(const qv_call* calls, int64_t count) {
   Pool& threads = pool();
   std::lock_guard<std::mutex> lock(threads.turn);
   for (int64_t i = 0; i < count; ++i) {
-    const qv_call& call = calls[i];
-    const int32_t status = call.kind == QV_LINEAR
-                               ? prepare_linear(call, workspace(), threads.threads())
-                               : prepare_attention(call, workspace(), threads.threads());
+    const int32_t status = prepare(calls[i], workspace(), threads.threads());
     if (status) return status;
   }
   Program program{calls, workspace(), threads.threads()};

@@ -2,7 +2,7 @@
 // One token on its way in: to float, RMS norm, diagonal, block Hadamard, integers, sums per group.
 // The rounding rules are those of reference.py and agree with it bit for bit.
 #pragma once
-#include "layer.h"
+#include "map.h"
 
 namespace {
 
@@ -24,6 +24,10 @@ struct Token {
 };
 
 inline const float* as_floats(const qv_call& call, int64_t row, int64_t k, float* scratch) {
+  if (call.window) {
+    take_window(call, row, k, scratch);
+    return scratch;
+  }
   const int64_t at = row * call.ldx;
   if (call.dtype == QV_F32) return static_cast<const float*>(call.x) + at;
   const uint16_t* x = static_cast<const uint16_t*>(call.x) + at;
@@ -52,19 +56,9 @@ inline void rms_norm(const qv_call& call, int64_t k, const float* x, float* y) {
 
 template <int STRIDE>
 inline Floats butterfly(Floats v) {
-  Ints mask;
   Floats sign;
-  for (int i = 0; i < VL; ++i) {
-    mask[i] = i ^ STRIDE;
-    sign[i] = i & STRIDE ? -1.0f : 1.0f;
-  }
-#if defined(__clang__)
-  Floats other;
-  for (int i = 0; i < VL; ++i) other[i] = v[i ^ STRIDE];
-#else
-  const Floats other = __builtin_shuffle(v, mask);
-#endif
-  return other + sign * v;  // a + b where the bit is clear, a - b where it is set
+  for (int i = 0; i < VL; ++i) sign[i] = i & STRIDE ? -1.0f : 1.0f;
+  return swapped<STRIDE>(v) + sign * v;  // a + b where the bit is clear, a - b where it is set
 }
 
 // Blocks of 64, butterflies from stride 1 upward, then the exact factor 1/8.
@@ -170,6 +164,12 @@ void quantize_token(const Token& token, int64_t row) {
     inverse = amax < TINY ? 0.0f : top / amax;
   }
   *token.scale = scale;
+  if (x == token.floats && layer.groups == 1 && token.depth > k) {
+    // our own floats: with zeros behind them nothing is left over from the vectors
+    std::memset(token.floats + k, 0, static_cast<size_t>(token.depth - k) * 4);
+    token.sums[0] = -round_group<Isa>(x, token.q, token.depth, inverse, top);
+    return;
+  }
   const int64_t length = k / layer.groups;
   for (int64_t g = 0; g < layer.groups; ++g)
     token.sums[g] = -round_group<Isa>(x + g * length, token.q + g * length, length, inverse, top);

@@ -31,15 +31,42 @@ inline Floats floats_of(Ints v) { return reinterpret_cast<Floats>(v); }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 
+// Lane i of the result is lane i ^ STRIDE of v.
+template <int STRIDE>
+inline Floats swapped(Floats v) {
+#if defined(__clang__)
+  Floats other;
+  for (int i = 0; i < VL; ++i) other[i] = v[i ^ STRIDE];
+  return other;
+#else
+  Ints mask;
+  for (int i = 0; i < VL; ++i) mask[i] = i ^ STRIDE;
+  return __builtin_shuffle(v, mask);
+#endif
+}
+
+// Of all lanes, by halves: a chain of lane after lane would wait for each addition.
 inline float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < VL; ++i) total += v[i];
-  return total;
+#if defined(__AVX512F__)
+  v += swapped<8>(v);
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+  v += swapped<4>(v);
+#endif
+  v += swapped<2>(v);
+  v += swapped<1>(v);
+  return v[0];
 }
 inline float largest(Floats v) {
-  float top = v[0];
-  for (int i = 1; i < VL; ++i) top = v[i] > top ? v[i] : top;
-  return top;
+#if defined(__AVX512F__)
+  v = larger(v, swapped<8>(v));
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+  v = larger(v, swapped<4>(v));
+#endif
+  v = larger(v, swapped<2>(v));
+  v = larger(v, swapped<1>(v));
+  return v[0];
 }
 
 // e^x to about 1e-7 relative; the argument is clamped to where float32 stays normal. NaN stays NaN.

@@ -9,7 +9,7 @@ from quantvla_ros.calibration.policy_runs import action_error, chunks
 from quantvla_ros.cli import main
 from quantvla_ros.policies import libero_quantized
 from quantvla_ros.policies.libero_checkpoint import CheckpointError
-from quantvla_ros.policies.libero_program import Stored
+from quantvla_ros.policies.libero_parts import Stored
 from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.artifact import ArtifactError, read_artifact, read_provenance
 from quantvla_ros.quant.linear import QuantLinear
@@ -92,7 +92,8 @@ def test_a_budget_is_kept_and_layers_that_run_at_load_are_served(
         layers = read_artifact(model / 'w4a8').layers
         floats = libero_vla_sites(make_policy().net)
         rest = sum(2 * s.parameters for s in floats.linears if s.name not in layers)
-        held.append(sum(layer.nbytes for layer in layers.values()) + rest)
+        spent = sum(layers[s.name].nbytes for s in floats.linears if s.name in layers)
+        held.append(spent + rest)
         assert held[-1] <= 1e6 * mb
     assert held[1] > held[0]
     assert layers['action.time_out'].scheme.name == 'w8a16'

@@ -10,7 +10,8 @@ from torch import nn
 
 from quantvla_ros.kernels import dispatch, weights
 from quantvla_ros.policies import flow
-from quantvla_ros.policies.libero_program import ChunkProgram, Part, recordable
+from quantvla_ros.policies.libero_parts import Part, recordable
+from quantvla_ros.policies.libero_program import ChunkProgram
 from quantvla_ros.policies.libero_vla import LiberoVlaNet, VlaConfig
 from quantvla_ros.quant.linear import QuantizedLayer
 from quantvla_ros.quant.scheme import parse_scheme

@@ -7,7 +7,8 @@ from test_libero_program import STEPS, chunk, eight_bits, inputs, plain
 from test_libero_program import net as net  # a fixture
 
 from quantvla_ros.policies.libero_looks import Seen, hooked, largest_spread
-from quantvla_ros.policies.libero_program import ChunkProgram, Part
+from quantvla_ros.policies.libero_parts import Part
+from quantvla_ros.policies.libero_program import ChunkProgram
 
 OUTSIDE = ('backbone.state', 'action.state', 'action.time_in', 'action.time_out')
 
