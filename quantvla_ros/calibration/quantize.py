@@ -144,7 +144,8 @@ def _work(
     held = held[:: max(1, len(held) // JUDGED_FRAMES)][:JUDGED_FRAMES]
     reference = chunks(policy, held, OTHER_NOISE)
     floor = chunks(policy, held, 2 * OTHER_NOISE)
-    stem = round_convolutions(policy.net, libero_vla_sites(policy.net), layer_maker())
+    # simulated: matching copies the network, which layers of the kernels do not take
+    stem = round_convolutions(policy.net, libero_vla_sites(policy.net), simulate)
     result = quantize_policy(
         policy, recipe, precision, fitted, seed=args.seed, blockwise=not args.one_pass,
         make=layer_maker(), progress=_tell,

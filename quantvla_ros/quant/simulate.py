@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from quantvla_ros.kernels.reference import TINY
 from quantvla_ros.kernels.weights import (
-    RANGES,
     MixedWeight,
     PackedWeight,
     Weight,
@@ -96,9 +95,8 @@ def sums_are_exact(weight: Weight, act_bits: int) -> bool:
     """Whether no integer sum of a row can leave what a float32 holds exactly."""
     if not isinstance(weight, PackedWeight) or weight.bits == 16 or act_bits >= 16:
         return False
-    whole_rows = weight.scales.shape[1] == 1
-    largest = max(-RANGES[weight.bits][0], RANGES[weight.bits][1])
-    return whole_rows and weight.shape[1] * largest * qmax(act_bits) <= EXACT
+    largest = int(unpack(weight).abs().sum(1, dtype=torch.int64).max()) * qmax(act_bits)
+    return weight.scales.shape[1] == 1 and largest <= EXACT
 
 
 def round_tokens(x: Tensor, bits: int, scale: float | None = None) -> Tensor:
