@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The convolutional stem on integers: recorded, called one by one and simulated, it is one thing."""
+"""The convolutional stem on integers: recorded, one by one and simulated, it is one thing."""
 
 import copy
 
