@@ -114,23 +114,45 @@ def measure(seconds: float) -> dict[str, Any]:
         runs[scheme], nbytes = integer_form(net, inputs, bits, act_bits)
         shares[scheme] = nbytes / float_bytes
         errors[scheme] = float((runs[scheme]() - truth).norm() / truth.norm())
-    best = dict.fromkeys(runs, float('inf'))
-    end = time.perf_counter() + seconds * len(runs)
-    while time.perf_counter() < end:
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - begin)
+    best = shortest(runs, seconds)
+    alone = {}
+    if threads > 1:
+        torch.set_num_threads(1)
+        dispatch.set_threads(1)
+        alone = shortest({name: run for name, run in runs.items() if name in shares}, seconds)
+        torch.set_num_threads(threads)
+        dispatch.set_threads(threads)
     print(f'\nwhole chunk, {net.parameter_count / 1e6:.1f} million parameters, prefix and {STEPS} '
           f'steps, {threads} threads, kernels {dispatch.path_name()}, minimum')
     for name, took in best.items():
         extra = (f'   weights {shares[name]:.3f}x of float32, chunk differs by '
                  f'{100 * errors[name]:.1f} %' if name in shares else '')
+        if name in alone:
+            extra += f'; one thread {1e3 * alone[name]:.2f} ms, {alone[name] / took:.2f}x'
         print(f'  {name:<26}{1e3 * took:9.2f} ms{extra}')
     for name, reason in failed.items():
         print(f'  {name:<26}not measured: {reason}')
     return {'ms': {name: 1e3 * t for name, t in best.items()}, 'weight_share': shares,
+            'one_thread_ms': {name: 1e3 * t for name, t in alone.items()},
             'relative_error': errors, 'threads': threads, 'failed': failed}
+
+
+def shortest(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Run all in turns for `seconds` each; the shortest time of each.
+
+    Each runs once before it is timed: threads of torch that the form before it woke spin for some
+    milliseconds more.
+    """
+    best = dict.fromkeys(runs, float('inf'))
+    end = time.perf_counter() + seconds * len(runs)
+    while time.perf_counter() < end:
+        for name, run in runs.items():
+            run()
+            for _ in range(3):
+                begin = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - begin)
+    return best
 
 
 def _use_all_cores() -> int:

@@ -132,7 +132,8 @@ def quantize_unseen(
 def nearest_artifact(model: Path, precision: str) -> Path:
     """Return an artifact of a checkpoint rounded to nearest, made once and kept in the cache."""
     sha256 = read_settings(model).sha256
-    folder = cache_folder() / 'artifacts' / f'{sha256[:12]}-rtn-{precision}'
+    # named so that one of an earlier version, without the convolutions, is not taken for it
+    folder = cache_folder() / 'artifacts' / f'{sha256[:12]}-rtn-{precision}-stem'
     if not (folder / JSON_NAME).is_file():
         recipe, scheme = find_recipe('rtn'), parse_scheme(precision)
         checkpoint, net = read_checkpoint(model)

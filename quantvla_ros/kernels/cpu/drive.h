@@ -34,17 +34,39 @@ inline int64_t distance_of(int64_t k) {
   return depth % 512 ? depth : depth + DEPTH_STEP;
 }
 
+// ROWS tokens against VL columns of rows that are kept at bfloat16: the sums of one token would
+// wait for each other.
+template <class Isa, int ROWS>
+inline void wide_tile(const uint16_t* w, int64_t k, const float* x, int64_t ldx, float* out) {
+  Floats sum[ROWS] = {};
+  for (int64_t c = 0; c < k; ++c) {
+    const Floats weight = load_bf16(w + c * Isa::NR);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) sum[i] += weight * x[i * ldx + c];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS; ++i) store(out + i * Isa::NR, sum[i]);
+}
+
 template <class Isa>
 void wide_block(const qv_layer& layer, const Part& part, int64_t panel, const float* x,
                 int64_t ldx, int64_t rows, float* out) {
   const uint16_t* w =
       reinterpret_cast<const uint16_t*>(part.data) + panel * layer.k * Isa::NR;
-  std::memset(out, 0, sizeof(float) * static_cast<size_t>(rows * Isa::NR));
-  for (int64_t k = 0; k < layer.k; ++k) {
-    float wide[Isa::NR];
-    for (int j = 0; j < Isa::NR; ++j) wide[j] = from_bf16(w[k * Isa::NR + j]);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int j = 0; j < Isa::NR; ++j) out[i * Isa::NR + j] += x[i * ldx + k] * wide[j];
+  const int64_t left = part.rows - panel * Isa::NR;
+  for (int64_t j = 0; j < Isa::NR; j += VL) {
+    const bool read = j < left;  // behind the last row of W nothing is asked for
+    for (int64_t i = 0; i < rows; ++i) {
+      float* to = out + i * Isa::NR + j;
+      if (!read) {
+        store(to, Floats{});
+      } else if (i + 4 <= rows) {
+        wide_tile<Isa, 4>(w + j, layer.k, x + i * ldx, ldx, to);
+        i += 3;
+      } else {
+        wide_tile<Isa, 1>(w + j, layer.k, x + i * ldx, ldx, to);
+      }
+    }
   }
 }
 

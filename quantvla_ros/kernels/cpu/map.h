@@ -38,14 +38,20 @@ inline void take_window(const qv_call& call, int64_t row, int64_t k, float* to) 
     }
     const int64_t line = (entry * call.height + y) * call.width + left;
     const float* from = static_cast<const float*>(call.x) + (line + first) * call.ldx;
-    std::memset(to, 0, static_cast<size_t>(first * channels) * 4);
+    if (first) std::memset(to, 0, static_cast<size_t>(first * channels) * 4);
     if (call.ldx == channels) {
-      std::memcpy(to + first * channels, from, static_cast<size_t>((last - first) * channels) * 4);
+      const int64_t run = (last - first) * channels;
+      float* at = to + first * channels;
+      if (run < 16)  // shorter than a call
+        for (int64_t j = 0; j < run; ++j) at[j] = from[j];
+      else
+        std::memcpy(at, from, static_cast<size_t>(run) * 4);
     } else {
       for (int64_t j = first; j < last; ++j, from += call.ldx)
         std::memcpy(to + j * channels, from, static_cast<size_t>(channels) * 4);
     }
-    std::memset(to + last * channels, 0, static_cast<size_t>((side - last) * channels) * 4);
+    if (last < side)
+      std::memset(to + last * channels, 0, static_cast<size_t>((side - last) * channels) * 4);
   }
 }
 
@@ -79,21 +85,32 @@ struct GroupNorm {
   }
 
   // Each channel is measured from its first pixel, so that little cancels in the variance.
-  void measure(int64_t task) const {
-    float* total = sums + task * 3 * call.channels;
-    const float* shift = input(task / STRIPS * pixels());
-    for (int64_t c = 0; c < call.channels; c += VL) {
-      Floats sum{}, square{};
-      const Floats from = load(shift + c);
-      for (int64_t row = begin(task); row < end(task); ++row) {
-        const Floats x = load(input(row) + c) - from;
-        sum += x;
-        square += x * x;
+  template <int VECTORS>
+  void measure_channels(int64_t task, int64_t c) const {
+    float* total = sums + task * 3 * call.channels + c;
+    const float* shift = input(task / STRIPS * pixels()) + c;
+    Floats sum[VECTORS] = {}, square[VECTORS] = {}, from[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) from[v] = load(shift + v * VL);
+    for (int64_t row = begin(task); row < end(task); ++row) {
+      const float* pixel = input(row) + c;
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        const Floats x = load(pixel + v * VL) - from[v];
+        sum[v] += x;
+        square[v] += x * x;
       }
-      store(total + c, sum);
-      store(total + call.channels + c, square);
-      store(total + 2 * call.channels + c, from);
     }
+    for (int v = 0; v < VECTORS; ++v) {
+      store(total + v * VL, sum[v]);
+      store(total + call.channels + v * VL, square[v]);
+      store(total + 2 * call.channels + v * VL, from[v]);
+    }
+  }
+
+  void measure(int64_t task) const {
+    int64_t c = 0;
+    for (; c + 4 * VL <= call.channels; c += 4 * VL) measure_channels<4>(task, c);
+    for (; c < call.channels; c += VL) measure_channels<1>(task, c);
   }
 
   // y = x * multiply + add of each channel of a batch entry.

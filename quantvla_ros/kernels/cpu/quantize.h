@@ -144,7 +144,11 @@ void quantize_token(const Token& token, int64_t row) {
   }
   if (layer.wide && x != token.floats) std::memcpy(token.floats, x, static_cast<size_t>(k) * 4);
 
-  const int32_t bits = magnitude_bits(x, k);
+  // Our own floats may have zeros behind them, so that nothing is left over from the vectors.
+  const bool padded = x == token.floats && layer.groups == 1;
+  if (padded) std::memset(token.floats + k, 0, static_cast<size_t>(token.depth - k) * 4);
+  const int64_t count = padded ? token.depth : k;
+  const int32_t bits = magnitude_bits(x, count);
   float amax;
   std::memcpy(&amax, &bits, 4);
   *token.amax = amax;
@@ -164,16 +168,10 @@ void quantize_token(const Token& token, int64_t row) {
     inverse = amax < TINY ? 0.0f : top / amax;
   }
   *token.scale = scale;
-  if (x == token.floats && layer.groups == 1 && token.depth > k) {
-    // our own floats: with zeros behind them nothing is left over from the vectors
-    std::memset(token.floats + k, 0, static_cast<size_t>(token.depth - k) * 4);
-    token.sums[0] = -round_group<Isa>(x, token.q, token.depth, inverse, top);
-    return;
-  }
-  const int64_t length = k / layer.groups;
+  const int64_t length = count / layer.groups;
   for (int64_t g = 0; g < layer.groups; ++g)
     token.sums[g] = -round_group<Isa>(x + g * length, token.q + g * length, length, inverse, top);
-  if (token.depth > k) std::memset(token.q + k, 0, static_cast<size_t>(token.depth - k));
+  if (token.depth > count) std::memset(token.q + k, 0, static_cast<size_t>(token.depth - k));
 }
 
 }  // namespace

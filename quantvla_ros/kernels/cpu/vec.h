@@ -26,6 +26,12 @@ inline Floats load(const float* p) {
 }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 inline Floats splat(float value) { return value - Floats{}; }
+typedef uint16_t Halves __attribute__((vector_size(2 * VL)));
+inline Floats load_bf16(const uint16_t* p) {
+  Halves half;
+  std::memcpy(&half, p, sizeof half);
+  return reinterpret_cast<Floats>(__builtin_convertvector(half, Ints) << 16);
+}
 inline Ints bits_of(Floats v) { return reinterpret_cast<Ints>(v); }
 inline Floats floats_of(Ints v) { return reinterpret_cast<Floats>(v); }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }

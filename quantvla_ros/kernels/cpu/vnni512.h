@@ -101,7 +101,9 @@ struct Vnni512 : Common {
     }
   }
 
-  // Packed fields, unpacked on the way: for a few tokens, which read each weight once.
+  // Packed fields, unpacked on the way: for a few tokens, which read each weight once. Masks and
+  // products share two ports, so of two fields with chains of their own each stays where it is in
+  // its byte, and the sums are shifted instead: 240 * 127 * K / 2 fits into 32 bits.
   template <int ROWS, int FIELDS, int CHAINS>
   static __attribute__((always_inline)) void fields(const uint8_t* p, const uint8_t* end, Tokens x,
                                                     __m512i (&sum)[CHAINS][ROWS][4]) {
@@ -118,12 +120,15 @@ struct Vnni512 : Common {
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) {
         const __m512i packed = _mm512_load_si512(p + 64 * v);
+        // a weight that is read once: the machine's own prefetch comes too late for it
+        if (ROWS <= 2) _mm_prefetch(p + 64 * v + 2048, _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int f = 0; f < FIELDS; ++f) {
-          const __m512i field =
-              FIELDS == 1 ? packed
-                          : _mm512_and_si512(f ? _mm512_srli_epi16(packed, f * BITS) : packed,
-                                             mask);
+          __m512i field = packed;
+          if (CHAINS == 2)
+            field = _mm512_and_si512(packed, _mm512_slli_epi16(mask, f * BITS));
+          else if (FIELDS > 1)
+            field = _mm512_and_si512(f ? _mm512_srli_epi16(packed, f * BITS) : packed, mask);
 #pragma GCC unroll 6
           for (int i = 0; i < ROWS; ++i)
             if (ROWS <= 2)
@@ -168,7 +173,9 @@ struct Vnni512 : Common {
         for (int i = 0; i < ROWS; ++i) {
           __m512i whole = sum[0][i][v];
 #pragma GCC unroll 4
-          for (int c = 1; c < CHAINS; ++c) whole = _mm512_add_epi32(whole, sum[c][i][v]);
+          for (int c = 1; c < CHAINS; ++c)
+            whole = _mm512_add_epi32(
+                whole, CHAINS == 2 ? _mm512_srai_epi32(sum[c][i][v], c * BITS) : sum[c][i][v]);
           float* out = t.out + i * NR + 16 * v;
           if (t.carry_out) {
             _mm512_store_si512(out, whole);
