@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from quantvla_ros.bench.recipes_subject import Subject
 from quantvla_ros.cli import main
 
 
@@ -52,10 +53,35 @@ def test_a_second_run_measures_only_what_is_missing(rows, capsys):
 
 
 def test_ablation_measures_every_layout(rows):
-    found = rows('--ablation', 'w4a8', '--models', 'policy')
+    found = rows('--ablation', 'w4a8', '--precisions', '', '--models', 'policy')
     errors = {r['recipe']: r['mean_mrad'] for r in found if r['precision'] == 'w4a8'}
-    assert len(errors) == 16
+    assert len(errors) == 16 and all(name.startswith('quantvla:') for name in errors)
     assert errors['quantvla:backbone'] < errors['quantvla:full']
+
+
+def test_two_processes_measure_what_one_does(rows, tmp_path, capsys):
+    few = ('--precisions', 'w4a4', '--recipes', 'rtn,gptq', '--models', 'twin')
+    alone = {(r['model'], r['recipe']): r['mean_mrad'] for r in rows(*few)}
+    (tmp_path / 'rows.json').unlink()
+    capsys.readouterr()
+    shared = {(r['model'], r['recipe']): r['mean_mrad'] for r in rows(*few, '--workers', '2')}
+    assert shared == pytest.approx(alone, rel=1e-4)
+    assert '2/2, 0.0 min left' in capsys.readouterr().out
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_measured(
+    model, frames_path, monkeypatch, capsys
+):
+    def broken(*_, **__):
+        raise FloatingPointError('it was too much')
+
+    monkeypatch.setattr(Subject, 'measure_literal', broken)
+    assert main(['bench', 'recipes', '--model', str(model), '--frames', str(frames_path),
+                 '--models', 'policy', '--precisions', 'w4a4',
+                 '--recipes', 'omega_literal,rtn']) == 1
+    said = capsys.readouterr().out
+    assert 'not measured: policy w4a4 omega_literal: FloatingPointError: it was too much' in said
+    assert '| rtn | w4a4 | **' in said
 
 
 def test_unknown_model_is_a_sentence(model, frames_path, capsys):
