@@ -30,18 +30,12 @@ from quantvla_ros.quant.scheme import parse_scheme
 from quantvla_ros.resources import share_path
 
 PRECISIONS = 'w8a8,w4a8,w4a4,w3a4,w3a3'
-MATRICES = {
-    'mean_mrad': 'Mean joint difference to float, mrad',
-    'few_mrad': 'The same at 2 denoising steps, against float at 2 steps, mrad',
-    'nbytes': 'Bytes of all linear layers, MB',
-}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `quantvla bench recipes`."""
     add = parser.add_argument
     add('--model', default='', help='checkpoint folder; default: the shipped one')
-    add('--frames', type=Path, required=True, nargs='+',
-        help='files made by `quantvla frames`')
+    add('--frames', type=Path, default=[], nargs='+', help='files made by `quantvla frames`')
     add('--limit', type=int, default=128,
         help='frames to use: every second episode calibrates, the others judge')
     add('--precisions', default=PRECISIONS, help=f'default: {PRECISIONS}')
@@ -59,8 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--threads', type=int, default=0,
         help='of each process; default: 1 with several workers, else its own choice')
     add('--seed', type=int, default=0)
-    add('--eval', type=Path, action='append', default=[], metavar='REPORT',
-        help='report.json of `quantvla eval`, to fill the success column')
+    add('--eval', action='append', default=[], metavar='MODEL=REPORT',
+        help='report.json of `quantvla eval` on policy or twin, for the table of success')
+    add('--write', type=Path, default=None, metavar='PAGE',
+        help='put the tables into a page, between its markers')
     add('--json', type=Path, default=None,
         help='keep every cell here as it is done; cells that it holds are not measured again')
     add('--show', action='store_true', help='print what --json holds and measure nothing')
@@ -128,6 +124,15 @@ def setting_of(args: argparse.Namespace) -> Setting:
     return Setting(model, tuple(args.frames), args.limit, args.device, threads, args.seed)
 
 
+def reports(args: argparse.Namespace) -> dict[str, Path]:
+    """Reports of evaluations by model."""
+    named = [text.partition('=') for text in args.eval]
+    wrong = [name for name, _, path in named if not path]
+    if wrong:
+        raise ValueError(f'--eval {wrong[0]}: expected policy=REPORT or twin=REPORT')
+    return {name: Path(path) for name, _, path in named}
+
+
 def comparable(setting: Setting, frames: Frames, *, blockwise: bool) -> dict[str, Any]:
     """What must be the same for two cells to stand in one table."""
     return {
@@ -152,30 +157,45 @@ def missing(
     return found
 
 
+def measure_missing(
+    args: argparse.Namespace, names: Sequence[str], cells: Sequence[Cell], done: Cells
+) -> list[str]:
+    """Measure what is not there yet, each row stored as it comes; returns what failed."""
+    failed, wanted = [], missing(args, names, cells, done)
+    say = partial(print, flush=True)
+    for found in measure_all(wanted, setting_of(args), args.workers, say) if wanted else ():
+        if isinstance(found, Row):
+            done.add(found)
+        else:
+            failed.append(found)
+    return failed
+
+
 def run(args: argparse.Namespace) -> int:
-    """Measure what is not there yet, print each row as it comes and the whole table at the end."""
+    """Measure what is missing, then print every table."""
     for precision in filter(None, f'{args.ablation},{args.precisions}'.split(',')):
         parse_scheme(precision)
     names, cells, setting = models(args), plan(args), setting_of(args)
-    success = report.read_success(args.eval)
-    frames = read_all(args.frames, args.limit)
-    done = Cells(args.json, comparable(setting, frames, blockwise=args.blockwise))
-    failed = []
-    if not args.show:
-        wanted = missing(args, names, cells, done)
-        for found in measure_all(wanted, setting, args.workers, partial(print, flush=True)):
-            if isinstance(found, Row):
-                done.add(found)
-            else:
-                failed.append(found)
+    evaluated = reports(args)
+    if not (args.frames or args.show):
+        raise ValueError('name frames with --frames; `quantvla frames` records them')
+    frames = read_all(args.frames, args.limit) if args.frames else None
+    same = comparable(setting, frames, blockwise=args.blockwise) if frames else {}
+    done = Cells(args.json, same)
+    failed = [] if args.show else measure_missing(args, names, cells, done)
     shown: list[Key] = []
     for name in names:
         shown += [key for key in done.rows if key[0] == name and key[2] == 'float']
         shown += [(name, cell.recipe, cell.precision) for cell in cells]
+        if args.show:
+            shown += [key for key in done.rows if key[0] == name and ':' in key[1]]
     rows = [asdict(done.rows[key]) for key in dict.fromkeys(shown) if key in done.rows]
-    print('\n' + report.table(rows, success))
-    for column, title in MATRICES.items():
-        print(f'{title}\n\n{report.matrix(rows, column, floats=column == "mean_mrad")}')
+    print('\n' + report.details(rows))
+    tables = report.tables(rows, evaluated)
+    for name, table in tables.items():
+        print(f'\n{name}\n\n{table}')
+    if args.write is not None:
+        report.write_tables(args.write, tables)
     for name in failed:
         print(f'not measured: {name}')
     return 1 if failed else 0
