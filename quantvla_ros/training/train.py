@@ -24,6 +24,7 @@ import torch.distributed as dist
 from quantvla_ros.policies.libero_checkpoint import read_checkpoint
 from quantvla_ros.policies.libero_vla import VlaConfig
 from quantvla_ros.policies.vocabulary import Vocabulary
+from quantvla_ros.sim.gpus import gpu_count
 from quantvla_ros.sim.scenes import MAIN_SUITES, load_scene, parse_tasks
 from quantvla_ros.training.dataset import load_demonstrations, statistics_of
 from quantvla_ros.training.fit import (
@@ -37,7 +38,6 @@ from quantvla_ros.training.fit import (
     warm_up_compilation,
 )
 from quantvla_ros.training.generate import generate, render
-from quantvla_ros.training.processes import gpu_count
 
 STAGES = ('demos', 'fit', 'takeover', 'render', 'select', 'card')
 ABLATIONS = ('augmentation', 'average', 'noise', 'preludes')
