@@ -272,7 +272,10 @@ def _statistics(
     """Compute statistics once per work folder; all processes and later runs use the same."""
     path = args.work / 'statistics.json'
     if rank == 0 and not path.exists():
-        path.write_text(json.dumps(statistics_to_json(statistics_of(data, config.chunk))))
+        # other seeds may be trained beside this one: what they read is whole
+        part = path.with_name(f'{path.name}.{os.getpid()}.part')
+        part.write_text(json.dumps(statistics_to_json(statistics_of(data, config.chunk))))
+        part.replace(path)
     if ranks > 1:
         dist.barrier()
     return statistics_from_json(json.loads(path.read_text()))
