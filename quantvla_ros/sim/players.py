@@ -21,6 +21,7 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
 from quantvla_ros.sim.episodes import Act, Episode, Outcome, Settings, Variant, Watch, play
+from quantvla_ros.sim.gpus import renders_on
 from quantvla_ros.sim.lighting import parse_lighting
 
 PATIENCE_S = 0.004  # how long a batch waits for more to join
@@ -156,13 +157,14 @@ def _serve(connection: Connection, settings: Settings) -> None:
 class _Worker:
     """One player process and what it is at."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, index: int) -> None:
         context = mp.get_context('spawn')
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
             target=_serve, args=(theirs, settings), daemon=True
         )
-        self.process.start()
+        with renders_on(index):
+            self.process.start()
         theirs.close()
         self.episode: Episode | None = None
 
@@ -182,7 +184,7 @@ def play_in_processes(
     """
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # read by the children, which compute alone
     queue, inference = Queue(episodes), BatchedInference(settings)
-    team = [_Worker(settings) for _ in range(min(workers, len(episodes)))]
+    team = [_Worker(settings, index) for index in range(min(workers, len(episodes)))]
     try:
         for worker in team:
             worker.give(queue.next(''))
@@ -210,7 +212,8 @@ def _collect(
             except (EOFError, ConnectionResetError):
                 deaths += 1
                 yield _buried(worker, deaths)
-                team[team.index(worker)] = fresh = _Worker(settings)
+                place = team.index(worker)
+                team[place] = fresh = _Worker(settings, place)
                 fresh.give(queue.next(''))
                 continue
             if message[0] == 'ask':
