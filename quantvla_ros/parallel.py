@@ -2,7 +2,8 @@
 """Independent tasks on processes of their own: one that fails is told and ends no other.
 
 A task is a name and a function without arguments that can be sent to a process, and so can what
-it returns. Results come as they are done, in no order. Knows nothing of what is computed.
+it returns. Results come as they are done, in no order. Processes that render are spread over the
+GPUs. Knows nothing of what is computed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
+
+from quantvla_ros.sim.gpus import renders_on
 
 Start = Callable[[int], None]  # called once in each process, with its number
 
@@ -100,7 +103,8 @@ class _Worker:
         self.task: Task | None = None
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, number, start), daemon=True)
-        self.process.start()
+        with renders_on(number):
+            self.process.start()
         theirs.close()
 
     def give(self, task: Task | None) -> None:

@@ -28,6 +28,7 @@ Say = Callable[..., None]
 EXPECTED_S = {'omniquant': 110, 'duquant': 55, 'onboard': 45, 'awq': 25, 'quantvla': 20,
               'omega_qvla': 18, 'omega_literal': 18, 'gptq': 12}
 OTHERS_S = 8
+PREPARING_THREADS = 8  # one frame at a time goes back through the network; more only wait
 
 
 class Cell(NamedTuple):
@@ -97,10 +98,11 @@ def _measure(
 def _preparations(
     wanted: Mapping[str, Wanted], setting: Setting, paths: Mapping[str, Path], workers: int
 ) -> list[Task]:
-    """One task for each subject; together they have the threads of all workers."""
+    """One task for each subject, before there is anything else to do for the other workers."""
     wide = setting
     if workers > 1:
-        wide = replace(setting, threads=max(1, workers * max(setting.threads, 1) // len(wanted)))
+        share = workers * max(setting.threads, 1) // len(wanted)
+        wide = replace(setting, threads=max(1, min(share, PREPARING_THREADS)))
     return [
         Task(name, partial(prepare, wide, name, paths[name], floats=of.floats,
                            known=any(cell.needs_frames for cell in of.cells)))
