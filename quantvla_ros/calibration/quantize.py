@@ -176,6 +176,7 @@ def _work(
     held = held[:: max(1, len(held) // JUDGED_FRAMES)][:JUDGED_FRAMES]
     reference = chunks(policy, held, OTHER_NOISE)
     floor = chunks(policy, held, 2 * OTHER_NOISE)
+    sites = libero_vla_sites(policy.net)
     times = times_for(args, recipe, precision, policy, fitted[0])
     result = quantize_policy(
         policy, recipe, precision, fitted, seed=args.seed, blockwise=not args.one_pass,
@@ -214,8 +215,7 @@ def _work(
     )
     if times is not None:
         schemes = {name: layer.scheme for name, layer in result.layers.items()}
-        ms = spent_ms(libero_vla_sites(policy.net), schemes, times.ms)
-        print(f'linear layers at their own widths: {ms:.2f} ms')
+        print(f'linear layers at their own widths: {spent_ms(sites, schemes, times.ms):.2f} ms')
     kept = int(np.sum([not f.neutral for f in result.factors.values()]))
     if recipe.matching is not None:
         print(f'alpha or beta differ from 1 at {kept} of {len(result.factors)} attentions')
