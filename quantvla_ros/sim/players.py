@@ -46,7 +46,7 @@ class Player:
     def __init__(self, settings: Settings, act: Act | None = None) -> None:
         self.settings = settings
         self.contract = load_contract(settings.contract)
-        self._act = act or self._act_here
+        self._alone, self._act = act is None, act or self._act_here
         self._policies: dict[Variant, Policy] = {}
         self._world: Any = None
         self._task = ''
@@ -54,9 +54,11 @@ class Player:
     def play(self, episode: Episode, watch: Watch | None = None) -> Outcome:
         """Play one episode; an exception becomes a crashed outcome.
 
-        Raises ValueError for a task that cannot be had, which is for the user to mend.
+        Raises ValueError for a task or a policy that cannot be had, which is for the user to mend.
         """
         world = self._world_of(episode)
+        if self._alone:
+            self._policy(episode.variant)  # a precision that is unknown is no crash
         text = world.scene.instruction
         return play(world, episode, self.settings, self.contract, text, self._act, watch)
 
@@ -67,10 +69,13 @@ class Player:
             self._world, self._task = make_task(self.settings, episode), episode.task_name
         return self._world
 
+    def _policy(self, variant: Variant) -> Policy:
+        if variant not in self._policies:
+            self._policies[variant] = load_policy(self.settings, variant, 1)
+        return self._policies[variant]
+
     def _act_here(self, episode: Episode, observation: Observation, seed: int) -> ActionChunk:
-        if episode.variant not in self._policies:
-            self._policies[episode.variant] = load_policy(self.settings, episode.variant, 1)
-        policy = self._policies[episode.variant]
+        policy = self._policy(episode.variant)
         return policy.denoise(policy.prepare(observation), seed)
 
 
