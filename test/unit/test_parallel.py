@@ -2,6 +2,7 @@
 """Tasks on processes: results, failures and deaths, none of which ends the others."""
 
 import math
+import operator
 import os
 from functools import partial
 
@@ -11,6 +12,7 @@ from quantvla_ros.parallel import Failed, Task, run_tasks
 
 ROOT = Task('root', partial(math.sqrt, 4.0))
 WRONG = Task('wrong', partial(math.sqrt, -1.0))
+BROKEN = Task('broken', partial(operator.truediv, 1, 0))
 DEADLY = Task('deadly', partial(os._exit, 3))
 
 
@@ -20,9 +22,11 @@ def results(tasks, workers, start=None):
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_task_that_fails_is_told_with_its_cause(workers):
-    found = results([WRONG, ROOT], workers)
+    found = results([WRONG, BROKEN, ROOT], workers)
     assert found['root'] == 2.0
     assert found['wrong'].cause == f'ValueError: {found["wrong"].sentence}'
+    assert found['broken'].cause == 'ZeroDivisionError: division by zero'
+    assert not found['broken'].sentence  # nothing that the user could mend
 
 
 def test_a_process_that_dies_is_replaced():

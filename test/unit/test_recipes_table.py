@@ -29,9 +29,9 @@ def row(recipe, mean, precision='w4a4', nbytes=1_000_000, model='policy'):
 def test_least_error_of_a_precision_is_marked_and_simulations_do_not_compete():
     text = details([row('rtn', 3.0), row('gptq', 2.0), row('literal', 1.0, nbytes=0),
                     row('awq', 1.5, 'w8a8'), row('another noise seed', 0.1, 'float'),
-                    row('quantvla:backbone', 0.2)])
+                    row('quantvla:backbone', 0.2), row('alone', 7.0, 'w3a3', nbytes=0)])
     assert text.count('**2.00**') == 1 and '**1.50**' in text
-    assert all(f'**{x}**' not in text for x in ('1.00', '0.10', '0.20'))
+    assert all(f'**{x}**' not in text for x in ('1.00', '0.10', '0.20', '7.00'))
 
 
 def test_matrix_has_recipes_down_and_models_and_precisions_across():
