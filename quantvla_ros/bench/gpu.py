@@ -150,8 +150,13 @@ def run(args: argparse.Namespace) -> int:
             found[name] = {'failed': str(error)}
             failed.append(name)
         keep(args.json, found)
-    if args.tune:
-        write_tiles(args, bench)
+    if args.tune and bench is not None:
+        from quantvla_ros.bench.gpu_tune import tune
+        from quantvla_ros.kernels.cuda import tiles
+
+        path = args.tiles or tiles.FILE
+        tune(bench, path)
+        print(f'tiles in {path}')
     if failed:
         print(f'failed: {", ".join(failed)}')
     print(f'figures in {args.json}')
@@ -162,15 +167,3 @@ def keep(path: Path, found: dict[str, Any]) -> None:
     """Write what there is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1, default=str))
-
-
-def write_tiles(args: argparse.Namespace, bench: Any) -> None:
-    """Tune, and put this chip's tiles in the place of its old ones."""
-    from quantvla_ros.bench.gpu_gemm import tune
-    from quantvla_ros.kernels.cuda import tiles
-
-    path = args.tiles or tiles.FILE
-    whole = json.loads(path.read_text()) if path.is_file() else {}
-    whole.update(tune(bench))
-    path.write_text(json.dumps(whole, indent=1) + '\n')
-    print(f'tiles in {path}')

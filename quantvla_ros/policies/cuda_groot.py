@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantvla_ros.kernels.cuda.launch import PLAIN, Norm, Take, Tokens, run_euler
 from quantvla_ros.kernels.cuda.launch_attention import Keys, Turn
+from quantvla_ros.kernels.cuda.tiles import NOWHERE, Early
 from quantvla_ros.policies.cuda_layers import (
     CachedAttention,
     GatedMlp,
@@ -104,10 +105,11 @@ class GrootPlan:
 
     def __init__(
         self, source: Source, config: Any, *, steps: int, cameras: int, capacity: int,
-        pdl: bool = False,
+        early: Early = NOWHERE,
     ) -> None:
         self.config, self.steps, self.capacity = config, steps, capacity
-        self.machine = m = Machine(source.device, source.dtype, pdl=pdl)
+        self.machine = m = Machine(source.device, source.dtype)
+        self.early = early
         c, width = config, config.backbone.width
         self.vision = VisionTower(source, m, c.vision)
         self.backbone = Backbone(source, m, c.backbone, capacity)
@@ -174,6 +176,7 @@ class GrootPlan:
     def prefix(self) -> None:
         """Inputs -> keys and values of the context, and the tokens that stand before actions."""
         i, m = self.inputs, self.machine
+        m.pdl = self.early.prefix
         seen = self.vision.run(i.images)
         x = m.scratch('prefix', *i.words.shape)
         patches = seen[i.order.clamp(min=0)]
@@ -210,6 +213,7 @@ class GrootPlan:
     def denoise(self) -> None:
         """All steps, in place on inputs.x."""
         i, m, c = self.inputs, self.machine, self.config
+        m.pdl = self.early.loop
         narrow = m.scratch('actions', *i.x.shape)
         narrow.copy_(i.x)
         plain = Norm('layer', EPS)

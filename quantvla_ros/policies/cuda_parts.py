@@ -29,6 +29,7 @@ from quantvla_ros.kernels.cuda.launch import (
     Workspace,
 )
 from quantvla_ros.kernels.cuda.pack import DeviceWeight, stack_rows, to_device
+from quantvla_ros.kernels.cuda.tiles import Early
 from quantvla_ros.policies.cuda_source import Source
 from quantvla_ros.quant.linear import KERNEL_HADAMARD, QuantizedLayer, kernel_transform
 from quantvla_ros.quant.transforms import InputTransform, from_tensors
@@ -37,8 +38,9 @@ from quantvla_ros.quant.transforms import InputTransform, from_tensors
 class Machine:
     """Device, type, scratch and workspace of one plan. Freezes before a graph is captured."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, pdl: bool = False) -> None:
-        self.device, self.dtype, self.pdl = device, dtype, pdl
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.pdl = False  # whether the launches that are listed now begin early
         self.chip = launch.chip_of(device)
         self.workspace = Workspace(device)
         self._scratch: dict[tuple[Any, ...], Tensor] = {}
@@ -325,7 +327,9 @@ def gains(source: Source, name: str) -> Tensor:
     return source.value(name).float().contiguous()
 
 
-def pdl_for(source_kind: str, device: torch.device) -> bool:
-    """Whether launches overlap, by what was measured on the chip."""
-    return device.type == 'cuda' and tiles.use_pdl(source_kind, launch.chip_of(device))
+def early_for(source_kind: str, device: torch.device) -> Early:
+    """Where launches overlap, by what was measured on the chip."""
+    if device.type != 'cuda':
+        return Early()
+    return tiles.early(source_kind, launch.chip_of(device))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantvla_ros.kernels.cuda.launch import Norm, Tokens, run_euler
 from quantvla_ros.kernels.cuda.launch_attention import Turn
+from quantvla_ros.kernels.cuda.tiles import NOWHERE, Early
 from quantvla_ros.policies.cuda_layers import (
     CachedAttention,
     GatedMlp,
@@ -105,10 +106,11 @@ class PiPlan:
 
     def __init__(
         self, source: Source, config: Any, *, steps: int, cameras: int, capacity: int,
-        pdl: bool = False, adaptive: bool = True,
+        early: Early = NOWHERE, adaptive: bool = True,
     ) -> None:
         self.config, self.steps, self.adaptive = config, steps, adaptive
-        self.machine = m = Machine(source.device, source.dtype, pdl=pdl)
+        self.machine = m = Machine(source.device, source.dtype)
+        self.early = early
         c, e = config.backbone, config.expert
         self.capacity = capacity
         behind = config.horizon + (0 if adaptive else 1)
@@ -157,6 +159,7 @@ class PiPlan:
 
     def prefix(self) -> None:
         """Inputs -> keys and values of every layer, and how many there are."""
+        self.machine.pdl = self.early.prefix
         i, width = self.inputs, self.config.backbone.width
         seen = self.vision.run(i.images)
         x = self.machine.scratch('prefix', self.capacity, width)
@@ -176,6 +179,7 @@ class PiPlan:
     def denoise(self) -> None:
         """All steps, in place on inputs.x."""
         i, m, horizon = self.inputs, self.machine, self.config.horizon
+        m.pdl = self.early.loop
         narrow = m.scratch('actions', *i.x.shape)
         narrow.copy_(i.x)
         velocity = m.scratch('velocity', *i.x.shape)

@@ -8,7 +8,8 @@ every output and the workspace, so that a captured graph touches planned memory 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,12 +155,13 @@ def make_tokens(
     act: str = 'none',
     pair: bool = False,
     pdl: bool = False,
+    ahead: bool = False,
 ) -> None:
     """Turn x (M, columns), or (M, 2 columns) for a pair, into tokens; x takes the branch in."""
     language()
     none = nothing(x.device)
     b = branch or Branch(none)
-    token_kernels.tokens[(x.shape[0],)](
+    started(token_kernels.tokens, (x.shape[0],), ahead)(
         x, b.y, b.bias if b.bias is not None else none, b.gate if b.gate is not None else none,
         x, norm.multiply if norm.multiply is not None else none,
         norm.add if norm.add is not None else none,
@@ -179,6 +181,11 @@ def make_tokens(
 def launched(pdl: bool) -> dict[str, bool]:
     """Option of a launch that may begin before the kernel ahead of it has ended."""
     return {'launch_pdl': True} if pdl else {}
+
+
+def started(kernel: Any, grid: tuple[int, ...], ahead: bool) -> Any:
+    """How to call a kernel: to run, or ahead of that only to be compiled."""
+    return partial(kernel.warmup, grid=grid) if ahead else kernel[grid]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +209,13 @@ def problem_of(weight: DeviceWeight, rows: int, gated: bool) -> Problem:
                    weight.pack, gated)
 
 
+def described(data: Tensor, rows: int, columns: int) -> Any:
+    """A matrix as the copy engine reads it, in blocks of rows and columns."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(data, list(data.shape), list(data.stride()), [rows, columns])
+
+
 def run_product(
     tokens: Tokens,
     weight: DeviceWeight,
@@ -211,8 +225,9 @@ def run_product(
     *,
     tile: Tile | None = None,
     pdl: bool = False,
+    ahead: bool = False,
 ) -> None:
-    """out (M, N), rows may lie apart, = epilogue(tokens W^T)."""
+    """out (M, N), rows may lie apart, = epilogue(tokens W^T). ahead: compile, and run nothing."""
     language()
     rows, e, none = tokens.data.shape[0], epilogue, nothing(out.device)
     if not rows:
@@ -222,18 +237,23 @@ def run_product(
     count = -(-rows // t.bm) * -(-n // t.bn)
     if t.split > 1:
         workspace.reserve(count * t.split * t.bm * t.bn * (2 if e.up else 1), count)
-    partial = workspace.partial
+    sums = workspace.partial
     up = e.up or weight
-    product_kernels.product[(count, t.split)](
-        tokens.data, tokens.scale, weight.data, weight.scales,
-        e.bias if e.bias is not None else none, up.data, up.scales,
+    x, w, u = tokens.data, weight.data, up.data
+    if t.bulk:
+        x = described(x, t.bm, t.bk)
+        w, u = described(w, t.bn, t.bk), described(u, t.bn, t.bk)
+    started(product_kernels.product, (count, t.split), ahead)(
+        x, tokens.scale, w, weight.scales,
+        e.bias if e.bias is not None else none, u, up.scales,
         e.up_bias if e.up_bias is not None else none, e.gate if e.gate is not None else none,
         e.residual if e.residual is not None else none, out,
-        partial.view(torch.float32) if weight.group else partial, workspace.count,
+        sums.view(torch.float32) if weight.group else sums, workspace.count,
         rows, n, weight.padded[1], weight.padded[0], out.stride(0),
         BITS=weight.bits, GROUP=weight.group, PACK=weight.pack, UP=e.up is not None, ACT=e.act,
         BIAS=e.bias is not None, UP_BIAS=e.up_bias is not None, GATE=e.gate is not None,
-        RESIDUAL=e.residual is not None, BM=t.bm, BN=t.bn, BK=t.bk, SPLIT=t.split, PDL=pdl,
+        RESIDUAL=e.residual is not None, BM=t.bm, BN=t.bn, BK=t.bk, SPLIT=t.split,
+        BULK=bool(t.bulk), PDL=pdl,
         num_warps=t.warps, num_stages=t.stages, **launched(pdl),
     )
 

@@ -79,7 +79,10 @@ def product_case(bits: int, group: int, m: int, n: int, kp: int, gated: bool, ch
     constants = {'BITS': bits, 'GROUP': group, 'PACK': pack, 'UP': gated,
                  'ACT': 'gelu_tanh' if gated else 'none', 'BIAS': False, 'UP_BIAS': False,
                  'GATE': not gated, 'RESIDUAL': not gated, 'BM': t.bm, 'BN': t.bn, 'BK': t.bk,
-                 'SPLIT': t.split, 'PDL': pdl}
+                 'SPLIT': t.split, 'BULK': bool(t.bulk), 'PDL': pdl}
+    if t.bulk:
+        types |= {'x': f'tensordesc<i8[{t.bm}, {t.bk}]>',
+                  **dict.fromkeys(('w', 'up'), f'tensordesc<i8[{t.bn}, {t.bk}]>')}
     name = f'{problem.kind} {m}x{n}x{kp} {t.bm}/{t.bn}/{t.bk} s{t.stages} w{t.warps} k{t.split}'
     return Case(name, product.product, types, constants, t.warps, t.stages)
 
@@ -186,7 +189,7 @@ def compiled(case: Case, capability: int) -> Any:
     loose = {'M', 'rows', 'extra', 'tokens', 'size', 'width', 'eps'}
     attributes = {(i,): wide for i, name in enumerate(names)
                   if name in case.types and name not in loose
-                  and not case.types[name].startswith('fp')}
+                  and case.types[name][0] in '*i'}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants,
                        attrs=attributes)
     options = {'num_warps': case.warps, 'num_stages': case.stages,
