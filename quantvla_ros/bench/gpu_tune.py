@@ -292,4 +292,16 @@ def keep(file: Path, chip: str, entry: dict[str, Any]) -> None:
     others = [old for old in own.get(where, [])
               if any(old[name] != entry[name] for name in names)]
     own[where] = [*others, {k: v for k, v in entry.items() if k != 'tried'}]
-    file.write_text(json.dumps(whole, indent=1) + '\n')
+    file.write_text(written(whole))
+
+
+def written(whole: dict[str, Any]) -> str:
+    """A line for each entry."""
+    chips = []
+    for chip, own in whole.items():
+        lists = ',\n'.join(
+            f'  "{name}": [\n' + ',\n'.join(f'   {json.dumps(e)}' for e in own.get(name, ()))
+            + '\n  ]' for name in ('tiles', 'attention'))
+        chips.append(f' "{chip}": {{\n  "source": {json.dumps(own["source"])},\n'
+                     f'  "early": {json.dumps(own.get("early", {}))},\n{lists}\n }}')
+    return '{\n' + ',\n'.join(chips) + '\n}\n'

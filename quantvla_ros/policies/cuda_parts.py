@@ -248,6 +248,8 @@ class Group:
             parts = [self._stack(source, names, parts)]
         self.machine = machine
         self.parts = parts
+        # found once: comparing what lies on the device waits for it, which a capture refuses
+        self.again = [i > 0 and same_take(parts[i - 1], part) for i, part in enumerate(parts)]
         self.n = sum(part.n for part in parts)
         self.nbytes = sum(part.nbytes for part in parts)
 
@@ -278,13 +280,10 @@ class Group:
         self, stream: Stream, norm: Norm, out: Tensor, *, rows: int = 0, step: int = 0
     ) -> None:
         """out (rows, n) = the projections of the normed stream."""
-        made: list[tuple[Projection, Tokens]] = []
-        start = 0
-        for part in self.parts:
-            tokens = next((t for other, t in made if same_take(other, part)), None)
-            if tokens is None:
+        tokens, start = None, 0
+        for part, again in zip(self.parts, self.again, strict=True):
+            if tokens is None or not again:
                 tokens = stream.tokens(part.take(step), norm)
-                made = [(part, tokens)]
             target = out[:, start:start + part.n]
             if isinstance(part, IntegerProjection):
                 part.product(tokens, target, step=step)

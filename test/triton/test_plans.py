@@ -96,10 +96,10 @@ def test_guidance_pulls_like_the_flow_loop(device):
         context = model.prefix(images.float() / 255 * 2 - 1, words, state)
         wanted = flow.denoise(lambda x, step: -model.velocity(context, x, conditions[step]),
                               noise, tiny.STEPS, guidance)
+    free = tiny.chunk(model, images, words, state, noise)  # the engine takes the model along
     made = tiny.engine('pi0', model, device)
     scene = made.prefix(images, words.tolist(), state)
     assert error(made.chunk(scene, noise, guidance), wanted) < 2e-5
-    free = tiny.chunk(model, images, words, state, noise)
     assert error(made.chunk(scene, noise), free) < 2e-5  # nothing of it is left behind
 
 

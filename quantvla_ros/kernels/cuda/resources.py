@@ -38,6 +38,9 @@ PRODUCTS = (
 )
 
 
+BULK = 128  # bytes of a row that Hopper's engine copies at once
+
+
 @dataclass(frozen=True)
 class Case:
     """A kernel with everything that the compiler needs to know of a call."""
@@ -205,6 +208,8 @@ def usage(case: Case, capability: int) -> Usage:
     matrix = ' '.join(sorted({f'{kind.split(".")[0]}.{types}' for kind, types in kinds}))
     copies = re.findall(r'cp\.async\.c[ag]\.\S+ \[[^]]*\], \[[^]]*\], (\w+)', ptx)
     widths = [int(width, 0) for width in copies]
+    if 'cp.async.bulk.tensor' in ptx:
+        widths.append(BULK)
     registers, stack = _machine_code(kernel.asm['cubin'])
     return Usage(case.name, capability, int(kernel.metadata.shared), registers, stack, matrix,
                  min(widths, default=0))

@@ -148,7 +148,8 @@ def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
     """Make a tile runnable: steps divide blocks and groups, stages fit into shared memory."""
     bk = min(tile.bk, widest(problem))
     steps = problem.row_bytes // bk
-    tile = replace(tile, bk=bk, split=max(1, min(tile.split, steps)),
+    # rows are padded to 128, and their scales are read without a mask
+    tile = replace(tile, bn=min(tile.bn, 128), bk=bk, split=max(1, min(tile.split, steps)),
                    bulk=tile.bulk if chip.bulk else 0)
     while shared_bytes(tile, problem) > chip.shared and tile.stages > 1:
         tile = replace(tile, stages=tile.stages - 1)
@@ -160,8 +161,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     few = problem.m <= 128
     bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
     shapes = [(bm, 64, 4), (bm, 128, 4), (bm, 128, 8)] if few else [
-        (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (128, 256, 8),
-        (64, 256, 8)]
+        (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (256, 64, 8)]
     depths = [(64, 4), (128, 3), (128, 4), (256, 2), (256, 3)] if few else [
         (64, 3), (64, 4), (128, 3), (128, 4)]
     found = []
