@@ -64,6 +64,11 @@ class Shape:
     gated: bool
 
     @property
+    def follows(self) -> str:
+        """See tiles.Problem."""
+        return 'gated' if self.gated else ''
+
+    @property
     def bits(self) -> int:
         """Width of a weight."""
         return gpu_gemm.OURS[self.kind][0]
@@ -106,7 +111,7 @@ class Products:
     @property
     def problem(self) -> tiles.Problem:
         """What a tile is stored for."""
-        return launch.problem_of(self.pairs[0][0], self.shape.m, self.shape.gated)
+        return launch.problem_of(self.pairs[0][0], self.shape.m, self.shape.follows)
 
     def wanted(self) -> Tensor:
         """What the first pair gives, in float64."""
@@ -258,7 +263,7 @@ def _problem(shape: Shape, bench: Bench) -> tiles.Problem:
     pack = (2 * group if shape.bits == 4 else group) if group else (
         256 if shape.k % 256 == 0 else 128)
     return tiles.Problem(shape.bits, shape.m, shape.n,
-                         padded_columns(shape.bits, shape.k, group), group, pack, shape.gated)
+                         padded_columns(shape.bits, shape.k, group), group, pack, shape.follows)
 
 
 def _tune_product(shape: Shape, candidates: list[tiles.Tile], bench: Bench) -> Any:

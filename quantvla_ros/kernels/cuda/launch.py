@@ -118,11 +118,17 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """What is to be added to a token before its norm: gate * (y + bias)."""
+    """What is to be added to a token before its norm: gate * (y + bias).
+
+    y is (M, K), or (splits, M, K): raw sums of a split product, which token (M,) and row (K,)
+    scales multiply.
+    """
 
     y: Tensor
     bias: Tensor | None = None
     gate: Tensor | None = None
+    token_scale: Tensor | None = None
+    row_scale: Tensor | None = None
 
 
 PLAIN = Norm()
@@ -168,8 +174,12 @@ def make_tokens(
         take.diagonal if take.diagonal is not None else none, signs(x.device), out.data,
         out.scale if out.scale is not None else none,
         take.static if take.static is not None else none,
-        x.stride(0), columns, out.data.stride(0), norm.eps,
-        BLOCKS=blocks_of(out.data.stride(0)), PAIR=pair, ACT=act, BRANCH=branch is not None,
+        b.token_scale if b.token_scale is not None else none,
+        b.row_scale if b.row_scale is not None else none,
+        x.shape[0], x.stride(0), columns, out.data.stride(0), norm.eps,
+        PARTS=b.y.shape[0] if b.token_scale is not None else 0,
+        ROWS=b.row_scale is not None, BLOCKS=blocks_of(out.data.stride(0)), PAIR=pair,
+        ACT=act, BRANCH=branch is not None,
         BRANCH_BIAS=b.bias is not None, GATE=b.gate is not None, NORM=norm.kind,
         MULTIPLY=norm.multiply is not None, ADD=norm.add is not None, TOP=take.top,
         DIAGONAL=take.diagonal is not None, ROTATE=take.rotate,
@@ -203,10 +213,10 @@ class Epilogue:
 NO_EPILOGUE = Epilogue()
 
 
-def problem_of(weight: DeviceWeight, rows: int, gated: bool) -> Problem:
-    """What decides on the tile of a product."""
+def problem_of(weight: DeviceWeight, rows: int, follows: str = '') -> Problem:
+    """What decides on the tile of a product. follows: see Problem."""
     return Problem(weight.bits, rows, weight.shape[0], weight.padded[1], weight.group,
-                   weight.pack, gated)
+                   weight.pack, follows)
 
 
 def described(data: Tensor, rows: int, columns: int) -> Any:
@@ -233,7 +243,8 @@ def run_product(
     if not rows:
         return
     n = weight.shape[0]
-    t = tile or choose(problem_of(weight, rows, e.up is not None), chip_of(out.device))
+    follows = 'gated' if e.up is not None else ''
+    t = tile or choose(problem_of(weight, rows, follows), chip_of(out.device))
     count = -(-rows // t.bm) * -(-n // t.bn)
     if t.split > 1:
         workspace.reserve(count * t.split * t.bm * t.bn * (2 if e.up else 1), count)

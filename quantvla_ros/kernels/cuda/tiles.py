@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -43,7 +43,10 @@ class Tile:
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides on a tile. kp: padded columns; pack: columns of a block; see pack.py."""
+    """What decides on a tile. kp: padded columns; pack: columns of a block; see pack.py.
+
+    follows: '', 'gated' (a second weight), or what fused.py does: 'pair', 'turned', 'raw'.
+    """
 
     bits: int
     m: int
@@ -51,13 +54,18 @@ class Problem:
     kp: int
     group: int = 0
     pack: int = 128
-    gated: bool = False
+    follows: str = ''
+
+    @property
+    def gated(self) -> bool:
+        """Whether two weights are multiplied side by side."""
+        return self.follows == 'gated'
 
     @property
     def kind(self) -> str:
         """Name in the file."""
         group = f'g{self.group}' if self.group else ''
-        return f'w{self.bits}a8{group}{"-gated" if self.gated else ""}'
+        return f'w{self.bits}a8{group}{self.follows and "-" + self.follows}'
 
     @property
     def row_bytes(self) -> int:
@@ -194,6 +202,30 @@ class Early:
 
 
 NOWHERE = Early()
+# what fused.py and widen.py offer beyond the kernels that have run on a card
+WAYS = {
+    'pair': 'gate and up in one product, their rows in turns',
+    'turn': 'positions and the cache in the epilogue of queries, keys and values',
+    'raw': 'sums of split products added up by the next norm',
+    'join': 'attention joined with all loads in flight',
+    'widen': '4-bit weights of a prefix made 8-bit ones a layer ahead',
+}
+_asked: set[str] = set()
+
+
+def ask(ways: Iterable[str]) -> None:
+    """Take these ways besides the stored ones, in this process; for the bench and for tests."""
+    wanted = set(ways)
+    if wanted - set(WAYS):
+        raise ValueError(f'no such ways: {", ".join(sorted(wanted - set(WAYS)))}; known are '
+                         + ', '.join(WAYS))
+    _asked.clear()
+    _asked.update(wanted)
+
+
+def ways(chip: Chip) -> frozenset[str]:
+    """Ways that plans for a chip take: the stored ones, which were measured, and asked ones."""
+    return frozenset(stored().get(chip.name, {}).get('ways', ())) | _asked
 
 
 def early(kind: str, chip: Chip) -> Early:
