@@ -30,9 +30,10 @@ SECTIONS = {
     'gemm': 'every product against the libraries',
     'ros': 'the policy node serving the full-size network',
     'sanitize': 'the checks under compute-sanitizer',
+    'profile': 'where the time of a chunk goes, kernel by kernel',
 }
 ALONE = ('estimate', 'compile')  # need no card
-ASKED = ('compile', 'sanitize')  # run only when named
+ASKED = ('compile', 'sanitize', 'profile')  # run only when named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='tiny sizes, interpreted on the CPU; times mean nothing')
     parser.add_argument('--tune', action='store_true',
                         help='time every tile of every shape and write tiles.json')
+    parser.add_argument('--ways', default='', help='kernels that tiles.json does not choose yet, '
+                        'by comma, or all: pair, turn, raw, join, widen')
     parser.add_argument('--tiles', type=Path, help='where --tune writes; default: the package')
     parser.add_argument('--budget', type=float, default=BUDGET_S, metavar='SECONDS',
                         help='what would end later is left out and named')
@@ -68,6 +71,7 @@ def runners() -> dict[str, Callable[[Any], Any]]:
         gpu_check,
         gpu_chunk,
         gpu_gemm,
+        gpu_profile,
         gpu_ros,
         gpu_time,
     )
@@ -84,7 +88,7 @@ def runners() -> dict[str, Callable[[Any], Any]]:
 
     return {'check': gpu_check.checks, 'ceilings': ceilings, 'chunk': gpu_chunk.chunks,
             'memory': gpu_chunk.memory, 'attention': gpu_attention.table, 'gemm': gemm,
-            'ros': gpu_ros.serve, 'sanitize': gpu_check.sanitize}
+            'ros': gpu_ros.serve, 'profile': gpu_profile.profiles, 'sanitize': gpu_check.sanitize}
 
 
 def make_bench(args: argparse.Namespace) -> Any:
@@ -130,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = chosen(args)
     found: dict[str, Any] = {}
     bench = None
+    take_ways(args.ways)
     table: dict[str, Callable[[Any], Any]] = {'estimate': lambda _: estimate(),
                                               'compile': compile_report}
     if args.tune or any(name not in ALONE for name in wanted):
@@ -161,6 +166,16 @@ def run(args: argparse.Namespace) -> int:
         print(f'failed: {", ".join(failed)}')
     print(f'figures in {args.json}')
     return int(bool(failed))
+
+
+def take_ways(words: str) -> None:
+    """Let every plan of this run take the ways that were asked for. Raises ValueError."""
+    from quantvla_ros.kernels.cuda import tiles
+
+    wanted = tiles.WAYS if words == 'all' else [word for word in words.split(',') if word]
+    tiles.ask(wanted)
+    for way in wanted:
+        print(f'{way}: {tiles.WAYS[way]}')
 
 
 def keep(path: Path, found: dict[str, Any]) -> None:

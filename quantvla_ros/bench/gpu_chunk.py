@@ -211,7 +211,8 @@ def show(setting: Setting, rows: dict[str, Any]) -> None:
 def child(setting: Setting, precision: Precision, *, base: int, warm: bool = False) -> Any:
     """Start a process that builds one network, runs it, and tells what memory it took."""
     command = [sys.executable, '-m', 'quantvla_ros.bench.gpu_chunk', json.dumps({
-        'setting': vars(setting), 'precision': vars(precision), 'base': base, 'warm': warm})]
+        'setting': vars(setting), 'precision': vars(precision), 'base': base, 'warm': warm,
+        'ways': tiles.asked()})]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -266,6 +267,7 @@ def memory(bench: Bench) -> dict[str, Any]:
 def main(argument: str) -> int:
     """Build and run one network; print its memory as JSON."""
     asked = json.loads(argument)
+    tiles.ask(asked['ways'])
     setting, precision = Setting(**asked['setting']), Precision(**asked['precision'])
     bench = Bench(torch.device('cuda'), False, True, Deadline(600))
     chip = launch.chip_of(bench.device)

@@ -24,49 +24,60 @@ from torch import Tensor
 
 from quantvla_ros.bench import gpu_attention, gpu_gemm
 from quantvla_ros.bench.gpu_time import Bench, Run, copies, microseconds, relative, tried
-from quantvla_ros.kernels.cuda import launch, tiles
+from quantvla_ros.kernels.cuda import launch, launch_fused, tiles
 from quantvla_ros.kernels.cuda.ahead import hollow_weight, pretend
 from quantvla_ros.kernels.cuda.launch import Epilogue, Tokens, Workspace
 from quantvla_ros.kernels.cuda.launch_attention import Split
-from quantvla_ros.kernels.cuda.pack import DeviceWeight, padded_columns
+from quantvla_ros.kernels.cuda.launch_fused import Turned
+from quantvla_ros.kernels.cuda.pack import DeviceWeight, padded_columns, pair_order
 
-# (tokens, rows, columns, whether a gated pair), by what they take of a chunk
+# (tokens, rows, columns, what follows: see tiles.Problem), by what they take of a chunk
 PI05 = (
-    (968, 16384, 2048, True), (968, 2048, 16384, False), (50, 4096, 1024, True),
-    (50, 1024, 4096, False), (50, 2560, 1024, False), (50, 1024, 2048, False),
-    (768, 4304, 1152, False), (768, 1152, 4304, False), (768, 3456, 1152, False),
-    (768, 1152, 1152, False), (968, 2560, 2048, False), (968, 2048, 2048, False),
-    (10, 4096, 1024, True), (10, 1024, 4096, False), (10, 2560, 1024, False),
-    (10, 1024, 2048, False),
+    (968, 16384, 2048, 'gated'), (968, 2048, 16384, ''), (50, 4096, 1024, 'gated'),
+    (50, 1024, 4096, ''), (50, 2560, 1024, ''), (50, 1024, 2048, ''),
+    (768, 4304, 1152, ''), (768, 1152, 4304, ''), (768, 3456, 1152, ''),
+    (768, 1152, 1152, ''), (968, 2560, 2048, ''), (968, 2048, 2048, ''),
+    (10, 4096, 1024, 'gated'), (10, 1024, 4096, ''), (10, 2560, 1024, ''),
+    (10, 1024, 2048, ''),
 )
 GROOT = (
-    (49, 4608, 1536, False), (49, 6144, 1536, False), (49, 1536, 6144, False),
-    (49, 1536, 1536, False), (560, 6144, 2048, True), (560, 2048, 6144, False),
-    (560, 4096, 2048, False), (560, 2048, 2048, False), (560, 8192, 2048, False),
-    (560, 2048, 8192, False), (512, 4304, 1152, False), (512, 1152, 4304, False),
-    (512, 3456, 1152, False), (512, 1152, 1152, False),
+    (49, 4608, 1536, ''), (49, 6144, 1536, ''), (49, 1536, 6144, ''),
+    (49, 1536, 1536, ''), (560, 6144, 2048, 'gated'), (560, 2048, 6144, ''),
+    (560, 4096, 2048, ''), (560, 2048, 2048, ''), (560, 8192, 2048, ''),
+    (560, 2048, 8192, ''), (512, 4304, 1152, ''), (512, 1152, 4304, ''),
+    (512, 3456, 1152, ''), (512, 1152, 1152, ''),
 )
-ALONE = ((1, 4096, 4096, False), (1, 11008, 4096, False), (1, 4096, 11008, False))
+ALONE = ((1, 4096, 4096, ''), (1, 11008, 4096, ''), (1, 4096, 11008, ''))
 SHAPES = PI05 + GROOT + ALONE
-DRY = ((5, 96, 256, False),)
+# where the ways of fused.py are asked for; 'turned': heads of 256, one of keys
+FUSED = {
+    'pair': ((50, 8192, 1024, 'pair'), (968, 32768, 2048, 'pair'), (10, 8192, 1024, 'pair'),
+             (560, 12288, 2048, 'pair')),
+    'turn': ((50, 2560, 1024, 'turned'), (968, 2560, 2048, 'turned'), (10, 2560, 1024, 'turned')),
+    'raw': ((50, 1024, 4096, 'raw'), (50, 1024, 2048, 'raw'), (10, 1024, 4096, 'raw'),
+            (10, 1024, 2048, 'raw'), (49, 1536, 6144, 'raw'), (49, 1536, 1536, 'raw')),
+}
+HEAD = 256
+PART_US = 0.15  # what the norm behind a raw product spends on each split, about
+DRY = ((5, 96, 256, ''),)
 CPU = torch.device('cpu')
 TOGETHER = 4  # tiles that a worker compiles in one task
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A product to tune: tokens, rows, columns, kind ('w8a8'), and whether it is a gated pair."""
+    """A product to tune: tokens, rows, columns, kind ('w8a8'), and what follows."""
 
     m: int
     n: int
     k: int
     kind: str
-    gated: bool
+    follows: str
 
     @property
-    def follows(self) -> str:
-        """See tiles.Problem."""
-        return 'gated' if self.gated else ''
+    def gated(self) -> bool:
+        """Whether there are two weights."""
+        return self.follows == 'gated'
 
     @property
     def bits(self) -> int:
@@ -90,6 +101,49 @@ def capability(bench: Bench) -> int:
     return 10 * major + minor
 
 
+class Call:
+    """One product of a shape as a plan would launch it, with its outputs."""
+
+    def __init__(self, shape: Shape, tile: tiles.Tile, dtype: torch.dtype, device: torch.device,
+                 *, ahead: bool = False) -> None:
+        self.shape, self.tile, self.ahead = shape, tile, ahead
+        n = {'pair': shape.n // 2, 'turned': shape.n - 2 * HEAD}.get(shape.follows, shape.n)
+        self.out = torch.empty(shape.m, n, dtype=dtype, device=device)
+        if shape.follows == 'raw':
+            kind = torch.float32 if shape.group else torch.int32
+            self.out = torch.empty(tile.split, shape.m, n, dtype=kind, device=device)
+        self.workspace = Workspace(device)
+        k, v = (torch.empty(shape.m, HEAD, dtype=dtype, device=device) for _ in range(2))
+        none = torch.zeros(shape.m, HEAD // 2, device=device)
+        self.turn = Turned(1.0 + none, none, k, v, shape.n - 2 * HEAD, shape.n - HEAD,
+                           torch.zeros(1, dtype=torch.int32, device=device))
+
+    def run(self, tokens: Tokens, weight: DeviceWeight, up: DeviceWeight | None) -> None:
+        """Launch, or only compile."""
+        follows = self.shape.follows
+        if follows == 'pair':
+            launch_fused.run_pair(tokens, weight, self.out, 'gelu_tanh', tile=self.tile,
+                                  ahead=self.ahead)
+        elif follows == 'turned':
+            launch_fused.run_turned(tokens, weight, self.out, self.turn, tile=self.tile,
+                                    ahead=self.ahead)
+        elif follows == 'raw':
+            launch_fused.run_raw(tokens, weight, self.out, self.tile, ahead=self.ahead)
+        else:
+            launch.run_product(tokens, weight, self.out, self.workspace, epilogue_of(up),
+                               tile=self.tile, ahead=self.ahead)
+
+    def seen(self, tokens: Tokens, weight: DeviceWeight) -> Tensor:
+        """What came out, as Products.wanted has it."""
+        if self.shape.follows == 'turned':
+            return torch.cat([self.out, self.turn.k_out, self.turn.v_out], 1)
+        if self.shape.follows != 'raw':
+            return self.out
+        assert tokens.scale is not None
+        y = self.out.double().sum(0) * tokens.scale.double()[:, None]
+        return y if self.shape.group else y * weight.scales[0, :self.shape.n].double()
+
+
 class Products:
     """The products of one shape: operands that rotate, and exact sums to compare with."""
 
@@ -105,8 +159,6 @@ class Products:
         count = copies(first.nbytes * (2 if shape.gated else 1), bench)
         self.pairs = [(w, weight() if shape.gated else None)
                       for w in [first, *(weight() for _ in range(count - 1))]]
-        self.out = torch.empty(shape.m, shape.n, dtype=bench.dtype, device=bench.device)
-        self.workspace = Workspace(bench.device)
 
     @property
     def problem(self) -> tiles.Problem:
@@ -117,24 +169,25 @@ class Products:
         """What the first pair gives, in float64."""
         weight, up = self.pairs[0]
         y = gpu_gemm.exact(self.tokens, weight)
+        if self.shape.follows == 'turned':  # by nothing
+            return y[:, pair_order(self.shape.n, self.shape.n, HEAD).argsort().to(y.device)]
+        if self.shape.follows == 'pair':
+            return torch.nn.functional.gelu(y[:, ::2], approximate='tanh') * y[:, 1::2]
         if up is None:
             return y
         return torch.nn.functional.gelu(y, approximate='tanh') * gpu_gemm.exact(self.tokens, up)
 
-    def run(self, pair: tuple[DeviceWeight, DeviceWeight | None], tile: tiles.Tile) -> None:
-        """One launch."""
-        launch.run_product(self.tokens, pair[0], self.out, self.workspace, epilogue_of(pair[1]),
-                           tile=tile)
-
     def time(self, tile: tiles.Tile, wanted: Tensor) -> float:
         """Microseconds of a tile. Raises RuntimeError where its result is wrong."""
-        self.out.fill_(torch.nan)
-        self.run(self.pairs[0], tile)
-        error = relative(self.out, wanted)
+        call = Call(self.shape, tile, self.bench.dtype, self.bench.device)
+        call.out.fill_(torch.nan if call.out.is_floating_point() else -(1 << 30))
+        call.run(self.tokens, *self.pairs[0])
+        error = relative(call.seen(self.tokens, self.pairs[0][0]), wanted)
         if error > gpu_gemm.BOUND:
             raise RuntimeError(f'{self.shape} {tile}: off by {error:.1e}')
-        runs: list[Run] = [partial(self.run, pair, tile) for pair in self.pairs]
-        return microseconds(runs, self.bench)
+        runs: list[Run] = [partial(call.run, self.tokens, *pair) for pair in self.pairs]
+        parts = tile.split if self.shape.follows == 'raw' else 0
+        return microseconds(runs, self.bench) + PART_US * parts
 
 
 # what the workers do ---------------------------------------------------------------------------
@@ -145,12 +198,10 @@ def compile_products(shape: Shape, some: list[tiles.Tile]) -> None:
     weight = hollow_weight(shape.bits, shape.group, shape.n, shape.k)
     tokens = Tokens(torch.empty(shape.m, weight.padded[1], dtype=torch.int8),
                     torch.empty(shape.m))
-    out, workspace = torch.empty(shape.m, shape.n, dtype=torch.bfloat16), Workspace(CPU)
     for tile in some:
         with suppress(Exception):
-            launch.run_product(tokens, weight, out, workspace,
-                               epilogue_of(weight if shape.gated else None), tile=tile,
-                               ahead=True)
+            Call(shape, tile, torch.bfloat16, CPU, ahead=True).run(
+                tokens, weight, weight if shape.gated else None)
 
 
 def compile_attention(name: str, some: list[Split]) -> None:
@@ -217,13 +268,17 @@ def fastest(
 
 def shapes(bench: Bench) -> Iterator[Shape]:
     """By what they take of a chunk; groups last."""
-    table = DRY if bench.dry else PI05[:6] if bench.quick else SHAPES
+    table: tuple[tuple[int, int, int, str], ...] = SHAPES
+    if bench.dry or bench.quick:
+        table = DRY if bench.dry else PI05[:6]
+    asked = tiles.ways(launch.chip_of(bench.device))
+    table = tuple(s for way, some in FUSED.items() if way in asked for s in some) + table
     for kinds in (('w8a8', 'w4a8'), ('w4a8g128',)):
-        for m, n, k, gated in table:
+        for m, n, k, follows in table:
             for kind in kinds:
                 group = gpu_gemm.OURS[kind][1]
                 if not group or (k % group == 0 and n > 1024):
-                    yield Shape(m, n, k, kind, gated)
+                    yield Shape(m, n, k, kind, follows)
 
 
 def tune(bench: Bench, file: Path, *, attention: bool = True) -> None:
@@ -238,7 +293,8 @@ def tune(bench: Bench, file: Path, *, attention: bool = True) -> None:
         waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])
     for shape in shapes(bench):
         problem = _problem(shape, bench)
-        found = tiles.candidates(problem, chip)[:cut]
+        found = [tile for tile in tiles.candidates(problem, chip)
+                 if tile.split == 1 or problem.follows not in ('pair', 'turned')][:cut]
         waiting[shape] = found, ahead.start(compile_products, shape, found)
     for name in names[2:]:
         waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])

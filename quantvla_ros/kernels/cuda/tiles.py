@@ -223,6 +223,11 @@ def ask(ways: Iterable[str]) -> None:
     _asked.update(wanted)
 
 
+def asked() -> list[str]:
+    """What `ask` was told, for a process that is to do the same."""
+    return sorted(_asked)
+
+
 def ways(chip: Chip) -> frozenset[str]:
     """Ways that plans for a chip take: the stored ones, which were measured, and asked ones."""
     return frozenset(stored().get(chip.name, {}).get('ways', ())) | _asked
