@@ -11,7 +11,7 @@ import torch
 from quantvla_ros.bench.gpu_chunk import Setting, fill, network
 from quantvla_ros.bench.gpu_source import Precision, RandomSource
 from quantvla_ros.bench.gpu_time import Bench, Deadline
-from quantvla_ros.kernels.cuda import ahead, launch, resources
+from quantvla_ros.kernels.cuda import ahead, launch, resources, tiles
 from quantvla_ros.kernels.cuda.tiles import Early
 from quantvla_ros.policies import cuda_parts
 from quantvla_ros.policies.cuda_engine import make_plan
@@ -36,11 +36,15 @@ def launches(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(('family', 'precision', 'early'), [
-    ('pi05', Precision('w4a8', rotate=True), Early(prefix=True, loop=True)),
-    ('groot_n15', Precision('float'), Early()),
+@pytest.mark.parametrize(('family', 'precision', 'early', 'ways'), [
+    ('pi05', Precision('w4a8', rotate=True), Early(prefix=True, loop=True), ()),
+    ('pi05', Precision('w4a8'), Early(prefix=True, loop=True), tuple(tiles.WAYS)),
+    ('groot_n15', Precision('float'), Early(), ()),
 ])
-def test_every_launch_of_a_network_binds_and_compiles(family, precision, early, launches):
+def test_every_launch_of_a_network_binds_and_compiles(
+    family, precision, early, ways, launches, monkeypatch
+):
+    monkeypatch.setattr(tiles, 'ways', lambda chip: frozenset(ways))
     bench = Bench(torch.device('cpu'), True, True, Deadline(600))
     model = network(Setting(family, 3, 2), bench)
     source = RandomSource(family, precision, bench.device, torch.bfloat16, model)
@@ -51,6 +55,7 @@ def test_every_launch_of_a_network_binds_and_compiles(family, precision, early, 
         fill(plan, 2 * model.config.vision.tokens, family)
         plan.prefix()
         plan.denoise()
-    wanted = {'tokens', 'attend', 'turn', 'euler'}
+    wanted = {'tokens', 'attend', 'euler'} | (set() if ways else {'turn'})
     assert wanted <= set(launches)
     assert ('product' in launches) == (precision.scheme != 'float')
+    assert ({'fused', 'widen'} <= set(launches)) == bool(ways)
