@@ -134,7 +134,9 @@ def asked():
 def test_every_way_gives_what_the_proven_kernels_give(ways, device, asked, monkeypatch):
     model = tiny.made('pi05')
     inputs = tiny.inputs(model)
-    monkeypatch.setattr(tiles, 'by_rule', lambda *_: Tile(16, 64, 64, 2, 4, 2))
+    monkeypatch.setattr(tiles, 'by_rule', lambda *_: Tile(16, 64, 32, 2, 4, 2))
+    monkeypatch.setattr(launch_attention, 'choose_split',
+                        lambda *_: launch_attention.Split(16, 16, 2, 4, 1))
     chunks = []
     for some in ([], ways):
         asked(some)
