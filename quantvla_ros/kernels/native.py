@@ -98,6 +98,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         'qv_run': (c_int32, [POINTER(Call), c_int64]),
         'qv_linear': (c_int32, [c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_float,
                                 c_void_p, c_void_p]),
+        'qv_call_bytes': (c_int64, []),
         'qv_ready': (c_int32, []),
         'qv_set_threads': (c_int32, [c_int32]),
         'qv_threads': (c_int32, []),
@@ -120,6 +121,8 @@ def load(name: str) -> ctypes.CDLL:
     loaded = ctypes.CDLL(os.fspath(library_path(name)), mode=ctypes.RTLD_LOCAL)
     try:
         library = _declare(loaded)
+        if library.qv_call_bytes() != ctypes.sizeof(Call):
+            raise AttributeError('a call has another size')
     except AttributeError as error:  # built from older sources
         raise OSError(f'kernel path {name!r}: its library is of another version ({error}); build '
                       'it again') from error

@@ -73,6 +73,8 @@ QV_API int32_t qv_run(const qv_call* calls, int64_t count);
 QV_API int32_t qv_linear(const qv_layer* layer, int64_t rows, const void* x, void* y,
                          int32_t dtype, float act_scale, const float* gate, const void* residual);
 
+// Size of a qv_call: a library that was built from older sources says another.
+QV_API int64_t qv_call_bytes();
 // 1 where the system lets this process use the instructions of this path.
 QV_API int32_t qv_ready();
 QV_API int32_t qv_set_threads(int32_t count);

@@ -176,6 +176,7 @@ int64_t qv_cells(int64_t keys, int32_t batch, int32_t kv_heads, int32_t head_dim
   return 2 * round_up(keys, 2 * VL) * head_dim * batch * kv_heads;
 }
 
+int64_t qv_call_bytes() { return sizeof(qv_call); }
 int32_t qv_ready() { return Isa::ready(); }
 
 int32_t qv_set_threads(int32_t count) {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of a path: forced, explained, and loud when only the reference is left."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -80,6 +81,20 @@ def test_a_library_of_another_version_is_told_as_such(fresh, tmp_path):
     source.write_text('extern "C" void qv_layer_new() {}')
     subprocess.run([*cxx.split(), '-shared', '-fPIC', str(source), '-o', str(library)], check=True)
     fresh.setattr(native, 'FOLDER', tmp_path)
+    native.load.cache_clear()
+    with pytest.raises(OSError, match='another version.*build it again'):
+        native.load('scalar')
+    native.load.cache_clear()
+
+
+def test_a_library_whose_calls_have_another_size_is_told_as_such(fresh):
+    if native.why_not('scalar'):
+        pytest.skip(native.why_not('scalar'))
+
+    class Longer(native.Call):
+        _fields_ = [('more', ctypes.c_int64)]
+
+    fresh.setattr(native, 'Call', Longer)
     native.load.cache_clear()
     with pytest.raises(OSError, match='another version.*build it again'):
         native.load('scalar')
