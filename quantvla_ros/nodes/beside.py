@@ -19,7 +19,7 @@ from quantvla_ros.control.limits import JointLimiter
 from quantvla_ros.nodes.collector import COLLECTOR
 from quantvla_ros.nodes.handover import Kept, answer
 from quantvla_ros.nodes.inference import InferenceThread, Job
-from quantvla_ros.policies.base import Policy
+from quantvla_ros.policies.base import Policy, PolicyFailedError
 
 REFERENCE_S = 60.0  # how long the trial waits for the running policy's answer
 
@@ -131,6 +131,8 @@ class Beside:
             self._report('failed', 'refused', str(error))
         except MemoryError:
             self._report('failed', 'memory', 'the memory ran out while it was loaded')
+        except PolicyFailedError as error:
+            self._report('failed', 'raised', str(error))
         except Exception as error:  # a border: a bug of a policy must not end the thread
             self._on_trouble(f'loading met a bug:\n{traceback.format_exc()}')
             self._report('failed', 'raised', f'it raised {type(error).__name__}: {error}')

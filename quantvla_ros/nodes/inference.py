@@ -27,7 +27,7 @@ from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.nodes.handover import Handover, Kept
 from quantvla_ros.nodes.origin import Origin
-from quantvla_ros.policies.base import DeviceError
+from quantvla_ros.policies.base import DeviceError, PolicyFailedError
 
 if TYPE_CHECKING:
     from quantvla_ros.nodes.shadow import Shadow
@@ -197,6 +197,9 @@ class Inference:
         except DeviceError as error:
             self.on_trouble(str(error))
             self._failed(episode, 'device_failed', str(error))
+            return
+        except PolicyFailedError as error:
+            self._failed(episode, 'policy_raised', f'the policy failed: {error}')
             return
         except Exception as error:  # a border: a bug of a policy must not end the thread
             self.on_trouble(f'the policy raised:\n{traceback.format_exc()}')

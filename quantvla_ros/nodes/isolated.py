@@ -31,17 +31,19 @@ from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import Contract
 from quantvla_ros.nodes.parcel import chunk_of, pack, pack_chunk, pack_observation, unpack
 from quantvla_ros.observation import Observation
-from quantvla_ros.policies.base import POLICIES, DeviceError, PolicySettings, Prospect
+from quantvla_ros.policies.base import (
+    POLICIES,
+    DeviceError,
+    PolicyFailedError,
+    PolicySettings,
+    Prospect,
+)
 
 LARGEST = 1 << 20  # bytes of an answer about artifacts
 END_S = 2.0  # a process that was left alone has so long to end by itself
 OVERHEAD_BYTES = 60_000_000  # what a process takes beyond its policy; libraries are shared
 GONE = ('the process of the policy has ended; is the memory full? Set another precision, or clean '
         'up and configure')
-
-
-class PolicyFailedError(RuntimeError):
-    """A bug of a policy, or the end of its process; its traceback is on stderr."""
 
 
 ERRORS: dict[str, type[Exception]] = {

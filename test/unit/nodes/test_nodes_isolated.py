@@ -14,7 +14,7 @@ import pytest
 from isolated_policy import IsolatedPolicy
 
 from quantvla_ros.action import ActionChunk
-from quantvla_ros.nodes.isolated import OVERHEAD_BYTES, PolicyFailedError, PolicyServer
+from quantvla_ros.nodes.isolated import OVERHEAD_BYTES, PolicyServer
 from quantvla_ros.nodes.parcel import (
     chunk_of,
     observation_of,
@@ -23,7 +23,7 @@ from quantvla_ros.nodes.parcel import (
     unpack,
 )
 from quantvla_ros.observation import Observation
-from quantvla_ros.policies.base import POLICIES, DeviceError, PolicySettings
+from quantvla_ros.policies.base import POLICIES, DeviceError, PolicyFailedError, PolicySettings
 
 PATIENCE_S = 60.0
 PID, LOADED_AT, SERVED_AT = 0, 1, 2
