@@ -8,8 +8,6 @@ executes; the control thread asks with a call that never waits.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import threading
 import time
@@ -28,6 +26,7 @@ from quantvla_ros.decode import DecodeError
 from quantvla_ros.nodes.handover import Handover, Kept
 from quantvla_ros.nodes.origin import Origin
 from quantvla_ros.policies.base import DeviceError, PolicyFailedError
+from quantvla_ros.priority import set_thread_nice
 
 if TYPE_CHECKING:
     from quantvla_ros.nodes.shadow import Shadow
@@ -83,16 +82,8 @@ class InferenceThread:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _yield_to_others(self) -> None:
-        """Let the threads that hear inputs go first when all cores are busy.
-
-        On Linux this is for this thread and those that it starts, such as a pool of the policy.
-        """
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
-
     def _serve(self) -> None:
-        self._yield_to_others()
+        set_thread_nice(self._niceness)  # threads that hear inputs go first when cores are busy
         while True:
             job = self._jobs.get()
             if job is None:

@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,11 +25,10 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.nodes.making import LocalMaker
 from quantvla_ros.nodes.parcel import chunk_of, observation_of, pack, pack_chunk, unpack
 from quantvla_ros.policies.base import POLICIES, DeviceError, Policy, PolicySettings, policy_class
+from quantvla_ros.priority import set_session_nice, set_thread_nice
 
 LARGEST = 1 << 16  # bytes of a question
 SERVING_NICE = 5  # the threads of the node that hear inputs go first
-TRIES = 100  # of a wish that the kernel puts off
-AUTOGROUP = Path('/proc/self/autogroup')
 # kind of an error -> what it was; the first that fits. Anything else is 'raised'.
 KINDS: tuple[tuple[str, type[BaseException]], ...] = (
     ('device', DeviceError), ('missing', FileNotFoundError), ('value', ValueError),
@@ -45,29 +43,6 @@ def told(error: BaseException) -> dict[str, str]:
             return {'error': kind, 'text': str(error)}
     traceback.print_exception(error)
     return {'error': 'raised', 'text': f'{type(error).__name__}: {error}'}
-
-
-def step_back(nice: int) -> None:
-    """Set the share of the machine that this process gets among sessions.
-
-    Where the kernel groups processes by session, the priority of a thread counts within its
-    session alone, so the session steps back as well. A group may rise again; a thread may not.
-    """
-    for _ in range(TRIES):
-        try:
-            AUTOGROUP.write_text(str(nice))
-        except BlockingIOError:  # the kernel takes one such wish in a tenth of a second
-            time.sleep(0.05)
-            continue
-        except OSError:
-            pass  # no such groups here
-        return
-
-
-def yield_to_others(nice: int) -> None:
-    """Lower the priority of the calling thread and of those that it starts."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
 
 
 class Server:
@@ -119,7 +94,7 @@ class Server:
             self._control.close()
             os.setsid()  # a group of its own among those that share the machine
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            step_back(nice)
+            set_session_nice(nice)
             threading.Thread(target=end_with, args=(fd,), daemon=True).start()
             PolicyProcess(Connection(fd), self._maker, settings).serve(nice)
         except BaseException:  # the border of a process
@@ -155,7 +130,7 @@ class PolicyProcess:
 
     def serve(self, nice: int) -> None:
         """Load, then answer until the caller has gone."""
-        yield_to_others(SERVING_NICE)
+        set_thread_nice(SERVING_NICE)
         self._channel.send_bytes(self._loaded(nice))
         while True:
             try:
@@ -169,7 +144,7 @@ class PolicyProcess:
         found: list[Any] = []
 
         def load() -> None:
-            yield_to_others(nice)
+            set_thread_nice(nice)
             try:
                 found.append(self._maker.make(self._settings))
             except Exception as error:  # the border of a thread
@@ -179,7 +154,7 @@ class PolicyProcess:
         thread = threading.Thread(target=load, name='load')
         thread.start()
         thread.join()
-        step_back(0)
+        set_session_nice(0)
         if isinstance(found[0], Exception):
             return pack({'pid': os.getpid(), **told(found[0])})
         self._policy = found[0]

@@ -37,6 +37,7 @@ from quantvla_ros.nodes.swap import Wish
 from quantvla_ros.nodes.wire import CommandPublisher
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy
+from quantvla_ros.priority import set_thread_realtime
 
 Wait = Callable[[Callable[[], bool], float], bool]
 LOAD_TIMEOUT_S = 3600.0
@@ -209,7 +210,20 @@ class Serving:
         self.control = ControlThread(
             self.tick, self.contract.controller.rate_hz, self.values['control_priority']
         )
+        self._hold_the_core(1)
         self.control.start()
+
+    def _hold_the_core(self, priority: int) -> None:
+        """Keep the threads that hold the interpreter from losing their core while they hold it.
+
+        Else a busy machine keeps the control thread waiting for them, whatever its own priority.
+        Only beside a control thread that asks too, and for threads that compute no chunk.
+        """
+        if not self.values['control_priority']:
+            return
+        set_thread_realtime(priority)
+        if self.values['policy_process']:
+            self.thread.submit(lambda: set_thread_realtime(priority))
 
     def enable(self) -> None:
         """Start moving from the measured pose. Raises ValueError with a sentence."""
@@ -330,6 +344,7 @@ class Serving:
             time.sleep(0.002)
         self.control.stop()
         self.control = None
+        self._hold_the_core(0)
         if self.inference is not None:
             self.inference.cancel()
 

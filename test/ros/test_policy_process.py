@@ -3,10 +3,12 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
 
+from quantvla_ros.nodes import serving
 from quantvla_ros.nodes.isolated import IsolatedPolicy
 from quantvla_ros.policies.base import POLICIES
 
@@ -69,3 +71,16 @@ def test_cleanup_leaves_no_process(robot, moving):
     assert moving.do(moving.node.trigger_deactivate).name == 'SUCCESS'
     assert moving.do(moving.node.trigger_cleanup).name == 'SUCCESS'
     robot.wait(lambda: not any(Path(f'/proc/{pid}').exists() for pid in pids), 'they have ended')
+
+
+def test_threads_that_hold_the_interpreter_ask_for_their_core_while_commands_flow(
+    robot, moving, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(serving, 'set_thread_realtime', lambda priority: asked.append(
+        (threading.current_thread().name == 'inference', priority)))
+    assert moving.do(moving.node.trigger_deactivate).name == 'SUCCESS'
+    assert moving.do(moving.node.trigger_activate).name == 'SUCCESS'
+    robot.wait(lambda: len(asked) == 4, 'both threads twice')
+    assert [priority for inference, priority in asked if inference] == [0, 1]
+    assert [priority for inference, priority in asked if not inference] == [0, 1]
