@@ -20,7 +20,7 @@ from quantvla_ros.contract import Contract
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.agreement import read_agreement
-from quantvla_ros.policies.base import PolicySettings
+from quantvla_ros.policies.base import PolicySettings, Prospect
 from quantvla_ros.policies.door import Door
 from quantvla_ros.policies.folders import identify
 from quantvla_ros.policies.loading import DTYPES, Install, install
@@ -31,6 +31,7 @@ from quantvla_ros.policies.openvla_folder import (
     openvla_network,
     read_statistics,
 )
+from quantvla_ros.policies.prospect import folder_prospect
 from quantvla_ros.policies.tokenizers import load_tokenizer, openvla_prompt
 
 EMPTY = '\u2581'  # the empty word that stands before every action
@@ -75,6 +76,12 @@ class OpenVlaPolicy:
         self.door = Door(contract, agreement, (), state, action)
         self.tokenizer = load_tokenizer(folder.path, agreement.tokenizer, 'openvla')
         self.origin = install(stored, folder, settings.precision, settings.device)
+
+    @classmethod
+    def look_ahead(cls, contract: Contract, settings: PolicySettings) -> Prospect:
+        """Tell what would be read: see policies.base.look_ahead."""
+        del contract
+        return folder_prospect(settings)
 
     def words(self, instruction: str) -> list[int]:
         """Begin mark, question, and the empty word before the answer."""

@@ -23,10 +23,11 @@ from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies import flow, rtc
 from quantvla_ros.policies.agreement import read_agreement
-from quantvla_ros.policies.base import PolicySettings
+from quantvla_ros.policies.base import PolicySettings, Prospect
 from quantvla_ros.policies.door import Door
 from quantvla_ros.policies.folders import Served, identify
 from quantvla_ros.policies.loading import PLANNED, Install, dtype_of, fixed_times, install
+from quantvla_ros.policies.prospect import folder_prospect
 from quantvla_ros.quant.linear import denoising_step
 
 # family -> 'module:function' that reads a folder of it
@@ -93,6 +94,12 @@ class FlowPolicy:
             self.engine = CudaEngine(
                 folder.family, self.model, self.conditions, device=self.device, dtype=self.dtype,
                 words=int(folder.config.get('tokenizer_max_length', 0)))
+
+    @classmethod
+    def look_ahead(cls, contract: Contract, settings: PolicySettings) -> Prospect:
+        """Tell what would be read: see policies.base.look_ahead."""
+        del contract
+        return folder_prospect(settings)
 
     @torch.inference_mode()
     def prepare(self, observation: Observation) -> Prepared:
