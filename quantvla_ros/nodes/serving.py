@@ -223,7 +223,9 @@ class Serving:
             return
         set_thread_realtime(priority)
         if self.values['policy_process']:
-            self.thread.submit(lambda: set_thread_realtime(priority))
+            assert self.exchange is not None and self.shadowing is not None, 'serving'
+            for thread in (self.thread, self.exchange.beside.thread, self.shadowing.beside.thread):
+                thread.submit(lambda: set_thread_realtime(priority))
 
     def enable(self) -> None:
         """Start moving from the measured pose. Raises ValueError with a sentence."""

@@ -177,7 +177,7 @@ def test_cleanup_while_loading_gives_everything_back(robot, moving):
     robot.set_parameters(precision='coarse')
     robot.wait(lambda: 'coarse' in PrecisePolicy.loads, 'loading')
     old = weakref.ref(moving.node.serving.policy)
-    loader = moving.node.serving.exchange.beside._thread._thread
+    loader = moving.node.serving.exchange.beside.thread._thread
     assert moving.do(moving.node.trigger_deactivate).name == 'SUCCESS'
     assert moving.do(moving.node.trigger_cleanup).name == 'SUCCESS'
     PrecisePolicy.gate.set()
