@@ -150,7 +150,7 @@ class PolicyProcess:
             except Exception as error:  # the border of a thread
                 found.append(error)
 
-        self._prepare_pool()
+        self._take_threads()
         thread = threading.Thread(target=load, name='load')
         thread.start()
         thread.join()
@@ -160,15 +160,12 @@ class PolicyProcess:
         self._policy = found[0]
         return pack({'pid': os.getpid(), **self._about()})
 
-    def _prepare_pool(self) -> None:
-        """Let the kernels start their threads now, with the priority of this one."""
-        if self._settings.device != 'cpu' or 'quantvla_ros.kernels.dispatch' not in sys.modules:
-            return
-        from quantvla_ros.kernels import dispatch
+    def _take_threads(self) -> None:
+        """Let this thread, which serves, start those that it computes with."""
+        if 'torch' in sys.modules:
+            from quantvla_ros.policies.threads import take_threads
 
-        dispatch.library()
-        if self._settings.threads:
-            dispatch.set_threads(self._settings.threads)
+            take_threads(self._settings.threads)
 
     def _about(self) -> dict[str, Any]:
         """Return what the caller must know of the policy."""

@@ -17,7 +17,6 @@ import torch
 
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import Contract
-from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.agreement import read_agreement
 from quantvla_ros.policies.base import PolicySettings, Prospect
@@ -32,6 +31,7 @@ from quantvla_ros.policies.openvla_folder import (
     read_statistics,
 )
 from quantvla_ros.policies.prospect import folder_prospect
+from quantvla_ros.policies.threads import take_threads
 from quantvla_ros.policies.tokenizers import load_tokenizer, openvla_prompt
 
 EMPTY = '\u2581'  # the empty word that stands before every action
@@ -53,8 +53,7 @@ class OpenVlaPolicy:
         self, contract: Contract, settings: PolicySettings, install: Install = install
     ) -> None:
         if settings.threads:
-            torch.set_num_threads(settings.threads)
-            dispatch.set_threads(settings.threads)
+            take_threads(settings.threads)
         self.contract = contract
         agreement = read_agreement(contract)
         folder = identify(Path(settings.model).expanduser())

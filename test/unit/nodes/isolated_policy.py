@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.policies.base import DeviceError, Prospect
@@ -28,6 +29,8 @@ class IsolatedPolicy:
     calibrated = 'monday'
 
     def __init__(self, contract, settings):
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         self.contract, self.precision = contract, settings.precision
         self.loaded_at = priority()
         self.calibration = SimpleNamespace(
@@ -55,6 +58,8 @@ class IsolatedPolicy:
         return observation
 
     def denoise(self, context, seed, prefix=None):
+        if self.precision == 'counts':
+            return ActionChunk(('threads',), np.array([[torch.get_num_threads()]]), 1, 0.1)
         told = [os.getpid(), self.loaded_at, priority(), seed, *context.joint_positions,
                 context.images['front'].sum(), context.vectors['force'].sum(),
                 np.nan if prefix is None else prefix.positions.sum()]

@@ -107,6 +107,13 @@ def test_it_loads_at_the_priority_asked_for_and_serves_above_it(server):
     assert told[SERVED_AT] < 10
 
 
+@pytest.mark.parametrize('threads', [1, 3])
+def test_it_serves_with_as_many_threads_as_it_was_loaded_with(server, threads):
+    """Sums in another order are other bits, and OpenMP counts for each thread."""
+    policy = server.make(PolicySettings(precision='counts', threads=threads))
+    assert answer(policy).tolist() == [threads]
+
+
 def test_what_the_node_must_know_of_a_policy_comes_with_it(server):
     policy = server.make(PolicySettings())
     assert policy.calibrated == 'monday'
