@@ -30,9 +30,10 @@ SECTIONS = {
     'gemm': 'every product against the libraries',
     'ros': 'the policy node serving the full-size network',
     'sanitize': 'the checks under compute-sanitizer',
+    'profile': 'where the time of a chunk goes, kernel by kernel',
 }
 ALONE = ('estimate', 'compile')  # need no card
-ASKED = ('compile', 'sanitize')  # run only when named
+ASKED = ('compile', 'sanitize', 'profile')  # run only when named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='tiny sizes, interpreted on the CPU; times mean nothing')
     parser.add_argument('--tune', action='store_true',
                         help='time every tile of every shape and write tiles.json')
+    parser.add_argument('--ways', default='', help='kernels that tiles.json does not choose yet, '
+                        'by comma, or all: pair, turn, raw, join, widen')
     parser.add_argument('--tiles', type=Path, help='where --tune writes; default: the package')
     parser.add_argument('--budget', type=float, default=BUDGET_S, metavar='SECONDS',
                         help='what would end later is left out and named')
@@ -68,6 +71,7 @@ def runners() -> dict[str, Callable[[Any], Any]]:
         gpu_check,
         gpu_chunk,
         gpu_gemm,
+        gpu_profile,
         gpu_ros,
         gpu_time,
     )
@@ -84,7 +88,7 @@ def runners() -> dict[str, Callable[[Any], Any]]:
 
     return {'check': gpu_check.checks, 'ceilings': ceilings, 'chunk': gpu_chunk.chunks,
             'memory': gpu_chunk.memory, 'attention': gpu_attention.table, 'gemm': gemm,
-            'ros': gpu_ros.serve, 'sanitize': gpu_check.sanitize}
+            'ros': gpu_ros.serve, 'profile': gpu_profile.profiles, 'sanitize': gpu_check.sanitize}
 
 
 def make_bench(args: argparse.Namespace) -> Any:
@@ -130,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = chosen(args)
     found: dict[str, Any] = {}
     bench = None
+    take_ways(args.ways)
     table: dict[str, Callable[[Any], Any]] = {'estimate': lambda _: estimate(),
                                               'compile': compile_report}
     if args.tune or any(name not in ALONE for name in wanted):
@@ -150,27 +155,30 @@ def run(args: argparse.Namespace) -> int:
             found[name] = {'failed': str(error)}
             failed.append(name)
         keep(args.json, found)
-    if args.tune:
-        write_tiles(args, bench)
+    if args.tune and bench is not None:
+        from quantvla_ros.bench.gpu_tune import tune
+        from quantvla_ros.kernels.cuda import tiles
+
+        path = args.tiles or tiles.FILE
+        tune(bench, path)
+        print(f'tiles in {path}')
     if failed:
         print(f'failed: {", ".join(failed)}')
     print(f'figures in {args.json}')
     return int(bool(failed))
 
 
+def take_ways(words: str) -> None:
+    """Let every plan of this run take the ways that were asked for. Raises ValueError."""
+    from quantvla_ros.kernels.cuda import tiles
+
+    wanted = tiles.WAYS if words == 'all' else [word for word in words.split(',') if word]
+    tiles.ask(wanted)
+    for way in wanted:
+        print(f'{way}: {tiles.WAYS[way]}')
+
+
 def keep(path: Path, found: dict[str, Any]) -> None:
     """Write what there is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1, default=str))
-
-
-def write_tiles(args: argparse.Namespace, bench: Any) -> None:
-    """Tune, and put this chip's tiles in the place of its old ones."""
-    from quantvla_ros.bench.gpu_gemm import tune
-    from quantvla_ros.kernels.cuda import tiles
-
-    path = args.tiles or tiles.FILE
-    whole = json.loads(path.read_text()) if path.is_file() else {}
-    whole.update(tune(bench))
-    path.write_text(json.dumps(whole, indent=1) + '\n')
-    print(f'tiles in {path}')

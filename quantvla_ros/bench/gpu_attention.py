@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from quantvla_ros.bench.gpu_time import Bench, microseconds, tried
-from quantvla_ros.kernels.cuda import launch_attention
+from quantvla_ros.bench.gpu_time import Bench, Run, microseconds, tried
+from quantvla_ros.kernels.cuda import launch, launch_attention
 from quantvla_ros.kernels.cuda.launch import Take, Tokens, chip_of
 from quantvla_ros.kernels.cuda.launch_attention import Keys, Parts, Split, run_attend, run_join
+from quantvla_ros.kernels.cuda.tiles import Chip
 
 # name -> (queries, keys, heads, key-value heads, width of a head)
 CASES = {
@@ -28,28 +30,59 @@ CASES = {
 DRY = {'tiny': (3, 40, 4, 1, 32)}
 
 
-def measure(case: tuple[int, int, int, int, int], split: Split, bench: Bench) -> float:
-    """Microseconds of attention and, where it is split, of the join into int8 tokens."""
+def runner(case: tuple[int, int, int, int, int], split: Split, device: torch.device,
+           dtype: torch.dtype, *, ahead: bool = False) -> Run:
+    """One attention and, where it is split, its join into int8 tokens. ahead: compile only."""
     tokens, total, heads, groups, width = case
-    q = torch.randn(tokens, heads * width, device=bench.device).to(bench.dtype)
-    k, v = (torch.randn(total, groups * width, device=bench.device).to(bench.dtype)
+    q = torch.randn(tokens, heads * width, device=device).to(dtype)
+    k, v = (torch.randn(total, groups * width, device=device).to(dtype)
             for _ in range(2))
-    length = torch.tensor([total], dtype=torch.int32, device=bench.device)
+    length = torch.tensor([total], dtype=torch.int32, device=device)
     keys = Keys(k, v, groups, width, 0, length, total)
     take = Take(8, heads * width)
-    out = Tokens(torch.empty(tokens, heads * width, dtype=torch.int8, device=bench.device),
-                 torch.empty(tokens, device=bench.device))
-    parts = Parts.make(split.parts, tokens, heads, width, bench.device)
+    out = Tokens(torch.empty(tokens, heads * width, dtype=torch.int8, device=device),
+                 torch.empty(tokens, device=device))
+    parts = Parts.make(split.parts, tokens, heads, width, device)
     seen = torch.empty_like(q)
 
     def run() -> None:
         if split.parts == 1:
-            run_attend(q, keys, heads, seen, split)
+            run_attend(q, keys, heads, seen, split, ahead=ahead)
+            launch.make_tokens(seen, heads * width, take, out, ahead=ahead)
         else:
-            run_attend(q, keys, heads, parts, split)
-            run_join(parts, split.parts, width, take, out, bench.dtype)
+            run_attend(q, keys, heads, parts, split, ahead=ahead)
+            run_join(parts, split.parts, width, take, out, dtype, ahead=ahead)
 
-    return microseconds([run], bench)
+    return run
+
+
+def measure(case: tuple[int, int, int, int, int], split: Split, bench: Bench) -> float:
+    """Microseconds of attention up to int8 tokens."""
+    return microseconds([runner(case, split, bench.device, bench.dtype)], bench)
+
+
+def candidates(case: tuple[int, int, int, int, int], chip: Chip) -> list[Split]:
+    """Splits worth trying."""
+    tokens, total, heads, groups, width = case
+    rows = tokens * heads // groups
+    found = []
+    few = rows <= 1024
+    for bq, bs, warps, stages in product((16, 32, 64) if few else (64, 128), (32, 64, 128),
+                                         (4, 8), (1, 2, 3)):
+        # sums and logits of a thread stand in registers; more than these spill
+        if bq * (max(16, width) + bs) > 160 * 32 * warps or (bq == 16 and warps == 8):
+            continue
+        if 2 * bs * max(16, width) * 2 * stages > chip.shared:
+            continue
+        programs = -(-rows // bq) * groups
+        for parts in (1, 2, 4, 8, 16, 32) if few else (1,):
+            filled = programs * parts
+            if parts > 1 and (filled > 2 * chip.processors or total // parts < bs):
+                continue
+            if few and parts == 1 and filled < chip.processors // 8:
+                continue
+            found.append(Split(bq, bs, parts, warps, stages))
+    return found
 
 
 def vendor(case: tuple[int, int, int, int, int], bench: Bench) -> float:

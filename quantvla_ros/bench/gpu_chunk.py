@@ -23,10 +23,12 @@ from quantvla_ros.bench import gpu_tiny
 from quantvla_ros.bench.gpu_source import Precision, RandomSource, resized
 from quantvla_ros.bench.gpu_time import Bench, Deadline, milliseconds, tried
 from quantvla_ros.kernels.cuda import launch, tiles
+from quantvla_ros.kernels.cuda.tiles import Early
 from quantvla_ros.policies.cuda_engine import Graphs, make_plan
 from quantvla_ros.policies.full_size import full_size
 
 FLOAT = Precision('float')
+BOTH_WAYS = (Early(), Early(prefix=True, loop=True))
 PRECISIONS = (FLOAT, Precision('w8a8'), Precision('w4a8'), Precision('w4a8', rotate=True),
               Precision('w8a8', rotate=True), Precision('w4a8g128'), Precision('w4a4'))
 CAMERAS = {'pi05': 3, 'pi0': 3, 'groot_n15': 2}
@@ -59,7 +61,7 @@ def network(setting: Setting, bench: Bench) -> Any:
     return resized(full_size(setting.family), setting.horizon)
 
 
-def build(setting: Setting, precision: Precision, bench: Bench, *, pdl: bool) -> Graphs:
+def build(setting: Setting, precision: Precision, bench: Bench, early: Early) -> Graphs:
     """Plan and capture one network with random weights and a prompt of full length."""
     model = network(setting, bench)
     source = RandomSource(setting.family, precision, bench.device, bench.dtype, model)
@@ -68,7 +70,7 @@ def build(setting: Setting, precision: Precision, bench: Bench, *, pdl: bool) ->
     steps = min(setting.steps, 2) if bench.dry else setting.steps
     with torch.inference_mode():
         plan = make_plan(setting.family, source, model.config, steps=steps, cameras=cameras,
-                         words=words, pdl=pdl)
+                         words=words, early=early)
         fill(plan, cameras * model.config.vision.tokens, setting.family)
         return Graphs(plan, bench.device)
 
@@ -85,9 +87,11 @@ def fill(plan: Any, patches: int, family: str) -> None:
         i.order[:patches].copy_(torch.arange(patches))
 
 
-def measure(setting: Setting, precision: Precision, bench: Bench, *, pdl: bool) -> dict[str, Any]:
+def measure(
+    setting: Setting, precision: Precision, bench: Bench, early: Early
+) -> dict[str, Any]:
     """Milliseconds of prefix and loop, and whether what came out is finite."""
-    graphs = build(setting, precision, bench, pdl=pdl)
+    graphs = build(setting, precision, bench, early)
     with torch.inference_mode():
         if bench.dry:
             graphs.prefix()
@@ -105,7 +109,7 @@ def measure(setting: Setting, precision: Precision, bench: Bench, *, pdl: bool) 
     if not finite:
         raise RuntimeError(f'{setting.name} {precision.name}: the chunk is not finite')
     return {**times, 'whole': times['prefix'] + times['loop'], 'weights': graphs.plan.nbytes,
-            'scratch': graphs.plan.machine.nbytes, 'pdl': pdl}
+            'scratch': graphs.plan.machine.nbytes, 'early': vars(early)}
 
 
 def free() -> None:
@@ -169,11 +173,11 @@ def chunks(bench: Bench) -> dict[str, Any]:
             if bench.deadline.left_s() < 30:
                 print(f'  {setting.name} {precision.name}: not measured, the time is up')
                 continue
-            stored = tiles.use_pdl(precision.scheme, chip)
-            for pdl in ([False, True] if whole and chip.hopper else [stored]):
-                value, why = tried(partial(measure, setting, precision, bench, pdl=pdl))
+            known = tiles.early(precision.kind, chip)
+            for early in (BOTH_WAYS if whole and chip.hopper else [known]):
+                value, why = tried(partial(measure, setting, precision, bench, early))
                 free()
-                name = precision.name + (' early launch' if pdl else '')
+                name = precision.name + (', early' if early != known else '')
                 rows[name] = value if not why else {'missing': why}
         rows['eager modules'], why = tried(partial(eager, setting, bench))
         if why:
@@ -207,7 +211,8 @@ def show(setting: Setting, rows: dict[str, Any]) -> None:
 def child(setting: Setting, precision: Precision, *, base: int, warm: bool = False) -> Any:
     """Start a process that builds one network, runs it, and tells what memory it took."""
     command = [sys.executable, '-m', 'quantvla_ros.bench.gpu_chunk', json.dumps({
-        'setting': vars(setting), 'precision': vars(precision), 'base': base, 'warm': warm})]
+        'setting': vars(setting), 'precision': vars(precision), 'base': base, 'warm': warm,
+        'ways': tiles.asked()})]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -262,16 +267,19 @@ def memory(bench: Bench) -> dict[str, Any]:
 def main(argument: str) -> int:
     """Build and run one network; print its memory as JSON."""
     asked = json.loads(argument)
+    tiles.ask(asked['ways'])
     setting, precision = Setting(**asked['setting']), Precision(**asked['precision'])
     bench = Bench(torch.device('cuda'), False, True, Deadline(600))
     chip = launch.chip_of(bench.device)
-    early = tiles.use_pdl(precision.scheme, chip)
-    graphs = build(setting, precision, bench, pdl=early)
+    early = tiles.early(precision.kind, chip)
+    graphs = build(setting, precision, bench, early)
     if asked['warm']:  # only for what it leaves in the cache
         if chip.hopper:
             del graphs
             free()
-            build(setting, precision, bench, pdl=not early)
+            for other in BOTH_WAYS:
+                build(setting, precision, bench, other)
+                free()
         return 0
     mib = 1 / (1 << 20)
     loaded = torch.cuda.max_memory_reserved()

@@ -8,7 +8,6 @@ its own quantization is timed with it, and marked +q.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -98,10 +97,6 @@ def ours(shape: tuple[int, int, int], kind: str, bench: Bench,
         return lambda: launch.run_product(tokens, weight, out, workspace, tile=tile)
 
     return microseconds([call(weight) for weight in weights], bench), error
-
-
-def _timed(shape: tuple[int, int, int], kind: str, bench: Bench, tile: tiles.Tile) -> float:
-    return ours(shape, kind, bench, tile)[0]
 
 
 def quantizing(m: int, k: int, bench: Bench, *, rotate: bool) -> float:
@@ -228,27 +223,3 @@ def _say_missing(rows: list[dict[str, Any]]) -> None:
                       if kind in r['us'] and 'bfloat16' in r['us']) for kind in OURS}
     print('  faster than bfloat16: ' + ', '.join(
         f'{kind} on {count} of {len(rows)}' for kind, count in wins.items()))
-
-
-def tune(bench: Bench) -> dict[str, Any]:
-    """Time every candidate of every shape; return the table of this chip for tiles.json."""
-    chip = launch.chip_of(bench.device)
-    entries = []
-    for m, n, k in (DRY if bench.dry else QUICK if bench.quick else SHAPES):
-        for kind, (bits, group) in OURS.items():
-            if bench.deadline.left_s() < 20 or (group and k % group):
-                continue
-            problem = launch.problem_of(random_weight(bits, group, n, k, bench), m, False)
-            times: dict[tiles.Tile, float] = {}
-            for tile in tiles.candidates(problem, chip)[: 2 if bench.dry else None]:
-                value, why = tried(partial(_timed, (m, n, k), kind, bench, tile))
-                if not why:
-                    times[tile] = value
-            if times:
-                best = min(times, key=lambda t: times[t])
-                entries.append({'kind': problem.kind, 'm': m, 'n': n, 'k': problem.kp,
-                                'tile': list(vars(best).values()), 'us': round(times[best], 2)})
-                print('  ' + json.dumps(entries[-1]), flush=True)
-    old = tiles.stored().get(chip.name, {})
-    return {chip.name: {'source': 'quantvla bench gpu --tune', 'pdl': old.get('pdl', {}),
-                        'tiles': entries}}

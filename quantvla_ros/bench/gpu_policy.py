@@ -22,7 +22,7 @@ from quantvla_ros.contract import Contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.cuda_engine import Graphs, make_plan
-from quantvla_ros.policies.cuda_parts import pdl_for
+from quantvla_ros.policies.cuda_parts import early_for
 
 WORDS = 60
 
@@ -42,7 +42,7 @@ class RandomPi05(ConstantTime):
         with torch.inference_mode():
             plan = make_plan('pi05', source, model.config, steps=2 if tiny else 10,
                              cameras=len(contract.cameras), words=4 if tiny else WORDS,
-                             pdl=pdl_for(source.kind, device))
+                             early=early_for(source.kind, device))
             plan.inputs.words.normal_()
             plan.inputs.length.fill_(plan.capacity)
             self._graphs = Graphs(plan, device)

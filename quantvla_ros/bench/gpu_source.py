@@ -33,6 +33,11 @@ class Precision:
     rotate: bool = False
 
     @property
+    def kind(self) -> str:
+        """The scheme without its group."""
+        return self.scheme.partition('g')[0]
+
+    @property
     def name(self) -> str:
         """Name in tables."""
         return self.scheme + (' rotated' if self.rotate else '')
@@ -52,7 +57,7 @@ class RandomSource:
         model: Any = None,
     ) -> None:
         self.device, self.dtype, self.precision = device, dtype, precision
-        self.kind = precision.scheme.partition('g')[0]
+        self.kind = precision.kind
         self.model = full_size(family) if model is None else model
         chosen = policy_sites(self.model).in_groups(EVERYTHING)
         self._quantized = set() if precision.scheme == 'float' else {s.name for s in chosen}

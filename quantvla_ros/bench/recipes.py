@@ -3,31 +3,26 @@
 
 Error of the actions on frames that calibrated nothing, against the same noise in float; beside
 it what another noise seed and fewer denoising steps do, and the bytes of all linear layers.
-Layers are simulated (quant/simulate.py), so it runs on a GPU too. Resumes where it was stopped.
-Success comes from reports of `quantvla eval`, where given.
+Layers are simulated (quant/simulate.py), so it runs on a GPU too. Cells are independent, so that
+they are spread over processes (recipes_work.py). Resumes where it was stopped. Success comes from
+reports of `quantvla eval`, where given.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from quantvla_ros.bench import recipes_report as report
 from quantvla_ros.bench.recipes_cells import Cells, Key, Row, fingerprint
-from quantvla_ros.bench.recipes_subject import FLOOR, Subject
+from quantvla_ros.bench.recipes_subject import FLOOR, Setting, Subject
+from quantvla_ros.bench.recipes_work import Cell, Wanted, measure_all
 from quantvla_ros.calibration.frames_file import Frames, read_all
-from quantvla_ros.calibration.stress import channel_peaks
-from quantvla_ros.calibration.stress_twin import stress
-from quantvla_ros.contract import load_contract
-from quantvla_ros.policies.base import PolicySettings
-from quantvla_ros.policies.libero_checkpoint import read_checkpoint, read_settings
-from quantvla_ros.policies.libero_panda import LiberoVla
+from quantvla_ros.policies.libero_checkpoint import read_settings
 from quantvla_ros.quant.layout import ACTION, BACKBONE, FULL_STACK, SELECTIVE
 from quantvla_ros.quant.literal import LITERALS
 from quantvla_ros.quant.recipes import RECIPES, Matching, Recipe, find_recipe, variant
@@ -35,20 +30,12 @@ from quantvla_ros.quant.scheme import parse_scheme
 from quantvla_ros.resources import share_path
 
 PRECISIONS = 'w8a8,w4a8,w4a4,w3a4,w3a3'
-MATRICES = {
-    'mean_mrad': 'Mean joint difference to float, mrad',
-    'few_mrad': 'The same at 2 denoising steps, against float at 2 steps, mrad',
-    'nbytes': 'Bytes of all linear layers, MB',
-}
-TWIN_FRAMES = 16  # that tell which channels of the twin shall stand out
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `quantvla bench recipes`."""
     add = parser.add_argument
     add('--model', default='', help='checkpoint folder; default: the shipped one')
-    add('--frames', type=Path, required=True, nargs='+',
-        help='files made by `quantvla frames`')
+    add('--frames', type=Path, default=[], nargs='+', help='files made by `quantvla frames`')
     add('--limit', type=int, default=128,
         help='frames to use: every second episode calibrates, the others judge')
     add('--precisions', default=PRECISIONS, help=f'default: {PRECISIONS}')
@@ -56,14 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         + ', '.join(LITERALS))
     add('--models', default='policy,twin', help='policy, twin or both')
     add('--ablation', default='', metavar='PRECISION',
-        help="the ablation of QuantVLA's layout and matching at this precision, instead")
+        help="also the ablation of QuantVLA's layout and matching at this precision; alone with "
+        "--precisions ''")
     add('--blockwise', action='store_true',
         help='calibrate block by block instead of in one pass: slower and better')
     add('--device', default='cpu', help='where the networks run: cpu or cuda')
-    add('--threads', type=int, default=0)
+    add('--workers', type=int, default=1,
+        help='processes that measure cells side by side, with several GPUs by turns')
+    add('--threads', type=int, default=0,
+        help='of each process; default: 1 with several workers, else its own choice')
     add('--seed', type=int, default=0)
-    add('--eval', type=Path, action='append', default=[], metavar='REPORT',
-        help='report.json of `quantvla eval`, to fill the success column')
+    add('--eval', action='append', default=[], metavar='MODEL=REPORT',
+        help='report.json of `quantvla eval` on policy or twin, for the table of success')
+    add('--write', type=Path, default=None, metavar='PAGE',
+        help='put the tables into a page, between its markers')
     add('--json', type=Path, default=None,
         help='keep every cell here as it is done; cells that it holds are not measured again')
     add('--show', action='store_true', help='print what --json holds and measure nothing')
@@ -101,95 +94,108 @@ def models(args: argparse.Namespace) -> list[str]:
     return names
 
 
-def subject(args: argparse.Namespace, frames: Frames, name: str) -> Subject:
-    """Make the policy, or its twin from it."""
-    model = Path(args.model) if args.model else share_path('models/libero_panda')
-    contract = load_contract(read_settings(model).contract)
-    fitted, held = frames.halves()
-    if not held:
-        raise ValueError('at least two frames are needed: one calibrates, one judges')
-    settings = PolicySettings(device=args.device, threads=args.threads)
-    checkpoint, net = read_checkpoint(model)
-    if name == 'twin':
-        whole = LiberoVla.around(contract, settings, checkpoint, net)
-        peaks = channel_peaks(whole, fitted[:: max(1, len(fitted) // TWIN_FRAMES)][:TWIN_FRAMES])
-        net = net.cpu()
-        stress(net, peaks, args.seed)
-        for parameter in net.parameters():
-            parameter.copy_(parameter.half().float())  # as a file would give it back
-    return Subject(name, contract, settings, checkpoint, net, (fitted, held), args.seed)
-
-
-class Cell(NamedTuple):
-    """A measurement that may have been made before: its key, who makes it, and how."""
-
-    recipe: str
-    precision: str
-    made_by: str
-    measure: Callable[[Subject], Row]
-
-
-def plan(args: argparse.Namespace) -> Iterator[Cell]:
+def plan(args: argparse.Namespace) -> list[Cell]:
     """Every measurement of one subject, float rows aside."""
     def by(recipe: Recipe, precision: str) -> Cell:
         measure = partial(Subject.measure, recipe=recipe, precision=precision,
                           blockwise=args.blockwise)
-        return Cell(recipe.name, precision, fingerprint(recipe), measure)
+        return Cell(recipe.name, precision, fingerprint(recipe), measure, recipe.needs_frames)
 
-    if args.ablation:
-        yield from (by(recipe, args.ablation) for recipe in ablation())
-        return
+    cells = []
     names = args.recipes.split(',') if args.recipes else [*RECIPES, *LITERALS]
-    for precision in args.precisions.split(','):
+    for precision in filter(None, args.precisions.split(',')):
         for name in names:
             if name in LITERALS:
                 measure = partial(Subject.measure_literal, name=name, precision=precision)
-                yield Cell(name, precision, fingerprint(LITERALS[name]), measure)
+                cells.append(Cell(name, precision, fingerprint(LITERALS[name]), measure))
             else:
-                yield by(find_recipe(name), precision)
+                cells.append(by(find_recipe(name), precision))
+    if args.ablation:
+        cells += [by(recipe, args.ablation) for recipe in ablation()]
+    return cells
 
 
-def settings_of(args: argparse.Namespace, frames: Frames) -> dict[str, Any]:
-    """What must be the same for two cells to stand in one table."""
+def setting_of(args: argparse.Namespace) -> Setting:
+    """What every process must know. Raises ValueError on options that do not fit together."""
+    if args.workers < 1:
+        raise ValueError(f'--workers {args.workers}: at least one process computes')
     model = Path(args.model) if args.model else share_path('models/libero_panda')
+    threads = args.threads or (1 if args.workers > 1 else 0)
+    return Setting(model, tuple(args.frames), args.limit, args.device, threads, args.seed)
+
+
+def reports(args: argparse.Namespace) -> dict[str, Path]:
+    """Reports of evaluations by model."""
+    named = [text.partition('=') for text in args.eval]
+    wrong = [name for name, _, path in named if not path]
+    if wrong:
+        raise ValueError(f'--eval {wrong[0]}: expected policy=REPORT or twin=REPORT')
+    return {name: Path(path) for name, _, path in named}
+
+
+def comparable(setting: Setting, frames: Frames, *, blockwise: bool) -> dict[str, Any]:
+    """What must be the same for two cells to stand in one table."""
     return {
-        'frames': frames.sha256, 'count': len(frames), 'blockwise': args.blockwise,
-        'seed': args.seed, 'checkpoint': read_settings(model).sha256,
+        'frames': frames.sha256, 'count': len(frames), 'blockwise': blockwise,
+        'seed': setting.seed, 'checkpoint': read_settings(setting.model).sha256,
     }
 
 
+def missing(
+    args: argparse.Namespace, names: Sequence[str], cells: Sequence[Cell], done: Cells
+) -> dict[str, Wanted]:
+    """What is not measured yet, by subject."""
+    redo, found = set(args.redo.split(',')), {}
+    for name in names:
+        left = [
+            cell for cell in cells if cell.recipe in redo
+            or done.find((name, cell.recipe, cell.precision), cell.made_by) is None
+        ]
+        floats = (name, FLOOR, 'float') not in done.rows
+        if left or floats:
+            found[name] = Wanted(left, floats=floats)
+    return found
+
+
+def measure_missing(
+    args: argparse.Namespace, names: Sequence[str], cells: Sequence[Cell], done: Cells
+) -> list[str]:
+    """Measure what is not there yet, each row stored as it comes; returns what failed."""
+    failed, wanted = [], missing(args, names, cells, done)
+    say = partial(print, flush=True)
+    for found in measure_all(wanted, setting_of(args), args.workers, say) if wanted else ():
+        if isinstance(found, Row):
+            done.add(found)
+        else:
+            failed.append(found)
+    return failed
+
+
 def run(args: argparse.Namespace) -> int:
-    """Measure what is not there yet, print each row as it comes and the whole table at the end."""
-    for precision in (args.ablation or args.precisions).split(','):
+    """Measure what is missing, then print every table."""
+    for precision in filter(None, f'{args.ablation},{args.precisions}'.split(',')):
         parse_scheme(precision)
-    names, cells, redo = models(args), list(plan(args)), set(args.redo.split(','))
-    success = report.read_success(args.eval)
-    frames = read_all(args.frames, args.limit)
-    done = Cells(args.json, settings_of(args, frames))
+    names, cells, setting = models(args), plan(args), setting_of(args)
+    evaluated = reports(args)
+    if not (args.frames or args.show):
+        raise ValueError('name frames with --frames; `quantvla frames` records them')
+    frames = read_all(args.frames, args.limit) if args.frames else None
+    same = comparable(setting, frames, blockwise=args.blockwise) if frames else {}
+    done = Cells(args.json, same)
+    failed = [] if args.show else measure_missing(args, names, cells, done)
     shown: list[Key] = []
-
-    def add(row: Row) -> None:
-        done.add(row)
-        print(f'{row.model:7s} {row.precision:5s} {row.recipe:28s} {row.mean_mrad:8.3f} mrad  '
-              f'{row.nbytes / 1e6:6.2f} MB  {row.seconds:5.0f} s', flush=True)
-
-    with torch.no_grad():
-        for name in names:
-            one: Subject | None = None
-            if (name, FLOOR, 'float') not in done.rows and not args.show:
-                one = subject(args, frames, name)
-                for row in one.float_rows():
-                    add(row)
-            shown += [key for key in done.rows if key[0] == name and key[2] == 'float']
-            for cell in cells:
-                key = (name, cell.recipe, cell.precision)
-                shown.append(key)
-                found = done.find(key, cell.made_by) is not None and cell.recipe not in redo
-                if not found and not args.show:
-                    one = one or subject(args, frames, name)
-                    add(cell.measure(one))
-    rows = [asdict(done.rows[key]) for key in shown if key in done.rows]
-    print('\n' + report.table(rows, success))
-    for column, title in MATRICES.items():
-        print(f'{title}\n\n{report.matrix(rows, column, floats=column == "mean_mrad")}')
-    return 0
+    for name in names:
+        shown += [key for key in done.rows if key[0] == name and key[2] == 'float']
+        shown += [(name, cell.recipe, cell.precision) for cell in cells]
+        if args.show:
+            shown += [key for key in done.rows if key[0] == name and ':' in key[1]]
+    rows = [asdict(done.rows[key]) for key in dict.fromkeys(shown) if key in done.rows]
+    print('\n' + report.details(rows))
+    tables = report.tables(rows, evaluated)
+    for name, table in tables.items():
+        print(f'\n{name}\n\n{table}')
+    if args.write is not None:
+        report.write_tables(args.write, tables)
+    for name in failed:
+        print(f'not measured: {name}')
+    return 1 if failed else 0

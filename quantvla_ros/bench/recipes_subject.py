@@ -10,17 +10,23 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from quantvla_ros.bench.recipes_cells import Row, fingerprint
+from quantvla_ros.calibration.frames_file import read_all
 from quantvla_ros.calibration.pipeline import ask_policy, quantize_policy
 from quantvla_ros.calibration.policy_runs import action_error, chunks, chunks_by_stride
-from quantvla_ros.contract import Contract
+from quantvla_ros.calibration.stress import channel_peaks, telling
+from quantvla_ros.calibration.stress_twin import stress
+from quantvla_ros.contract import Contract, load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
-from quantvla_ros.policies.libero_checkpoint import Checkpoint
+from quantvla_ros.policies.libero_checkpoint import Checkpoint, read_checkpoint, read_settings
 from quantvla_ros.policies.libero_panda import LiberoVla
 from quantvla_ros.policies.libero_vla import LiberoVlaNet
 from quantvla_ros.policies.sites import libero_vla_sites
@@ -36,6 +42,21 @@ FLOOR = 'another noise seed'
 FEWER_STEPS = (5, 2, 1)
 FEW = 2  # denoising steps of the second measure
 HELD_SEED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What subjects are made from; small, so that it can be sent to other processes.
+
+    limit: frames to use. threads: of the network, 0 for torch's own choice.
+    """
+
+    model: Path
+    frames: tuple[Path, ...]
+    limit: int
+    device: str = 'cpu'
+    threads: int = 0
+    seed: int = 0
 
 
 class Subject:
@@ -55,6 +76,26 @@ class Subject:
         self.checkpoint, self.net, self.seed = checkpoint, net, seed
         self.fitted, self.held = frames
         self.sites = libero_vla_sites(net)
+
+    def save(self, path: Path, *, known: bool) -> None:
+        """Write the weights and what was measured; known: also what recipes need to know."""
+        reference = {stride: torch.from_numpy(x) for stride, x in self.reference.items()}
+        told = {'net': self.net.state_dict(), 'reference': reference}
+        if known:
+            told['seen'] = {name: vars(found) for name, found in self.known.seen.items()}
+            told['errors'] = dict(self.known.errors)
+        torch.save(told, path)
+
+    def load(self, path: Path) -> None:
+        """Take back what save() wrote, mapped into memory: processes share its pages."""
+        told = torch.load(path, mmap=True, weights_only=True)
+        self.net.load_state_dict(told['net'])
+        self.reference = {stride: x.numpy() for stride, x in told['reference'].items()}
+        if 'seen' in told:
+            seen = {name: InputStatistics(found['k']) for name, found in told['seen'].items()}
+            for name, found in seen.items():
+                vars(found).update(told['seen'][name])
+            self.known = Known(seen, told['errors'])
 
     def policy(self) -> LiberoVla:
         """Make a float policy of its own copy of the network."""
@@ -137,3 +178,42 @@ class Subject:
     ) -> Row:
         found = chunks_by_stride(policy, self.held, HELD_SEED, (1, self.few_stride))
         return self.row(name, precision, found[1], found[self.few_stride], nbytes, began, made_by)
+
+
+def make_subject(setting: Setting, name: str) -> Subject:
+    """Make the policy, or its twin from it."""
+    fitted, held = read_all(setting.frames, setting.limit).halves()
+    if not held:
+        raise ValueError('at least two frames are needed: one calibrates, one judges')
+    contract = load_contract(read_settings(setting.model).contract)
+    settings = PolicySettings(device=setting.device, threads=setting.threads)
+    checkpoint, net = read_checkpoint(setting.model)
+    if name == 'twin':
+        whole = LiberoVla.around(contract, settings, checkpoint, net)
+        peaks = channel_peaks(whole, telling(fitted))
+        net = net.cpu()
+        stress(net, peaks, setting.seed)
+        for parameter in net.parameters():
+            parameter.copy_(parameter.half().float())  # as a file would give it back
+    return Subject(name, contract, settings, checkpoint, net, (fitted, held), setting.seed)
+
+
+@torch.no_grad()
+def prepare(setting: Setting, name: str, path: Path, *, known: bool, floats: bool) -> list[Row]:
+    """Measure once what all cells of a subject need, into a file; floats: return its rows."""
+    one = make_subject(setting, name)
+    one.save(path, known=known)
+    return list(one.float_rows()) if floats else []
+
+
+@lru_cache(maxsize=2)  # a process meets the policy and its twin by turns
+def prepared(setting: Setting, name: str, path: Path) -> Subject:
+    """Make a subject of what prepare() wrote."""
+    contract = load_contract(read_settings(setting.model).contract)
+    settings = PolicySettings(device=setting.device, threads=setting.threads)
+    checkpoint, net = read_checkpoint(setting.model)
+    frames = read_all(setting.frames, setting.limit).halves()
+    one = Subject(name, contract, settings, checkpoint, net, frames, setting.seed)
+    with torch.no_grad():
+        one.load(path)
+    return one

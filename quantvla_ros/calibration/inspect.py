@@ -21,6 +21,7 @@ from quantvla_ros.calibration.inspect_reports import (
     LayerReport,
     examine,
     factors_by_head,
+    facts,
     group_reports,
 )
 from quantvla_ros.calibration.policy_runs import chunks
@@ -52,12 +53,13 @@ def as_text(
     """Groups of layers and single layers, the costliest first."""
     provenance = artifact.provenance
     lines = [
-        f'{provenance.recipe} {provenance.precision}: {len(reports)} layers, '
-        f'{artifact.nbytes / 1e6:.2f} MB, checkpoint {provenance.checkpoint[:12]}',
-        *(f'  {key}: {value:.3f}' for key, value in sorted(provenance.measured.items())),
+        f'{provenance.recipe} {provenance.precision}',
+        *(f'  {name}: {text}' for name, text in facts(artifact)),
+        '',
         f'{"rounded alone":44s} {"layers":>9s} {"kB":>7s} {"mrad":>8s}',
         *(f'{g.group:44s} {g.layers:9d} {g.nbytes / 1e3:7.0f} {g.alone_mrad:8.3f}'
           for g in groups),
+        '',
         f'{"layer":44s} {"scheme":9s} {"kB":>7s} {"error":>8s} {"dB":>6s} '
         f'{"max/median":>11s} {"after":>7s}',
     ]
@@ -66,6 +68,7 @@ def as_text(
             f'{one.name:44s} {one.scheme:9s} {one.nbytes / 1e3:7.0f} {one.error:8.1e} '
             f'{one.decibel:6.1f} {one.peaks:11.1f} {one.peaks_after:7.1f}'
         )
+    lines.append('')
     for name, alpha, beta in factors:
         shown = ' '.join(f'{a:.3f}' for a in alpha)
         lines.append(f'{name}: alpha {shown}  beta {beta:.3f}')

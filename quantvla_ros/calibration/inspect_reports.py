@@ -118,3 +118,26 @@ def group_reports(
     policy.net = own
     policy.tabulate(own)
     return sorted(found, key=lambda report: -report.alone_mrad)
+
+
+def facts(artifact: Artifact) -> list[tuple[str, str]]:
+    """What an artifact says of itself, in words and with units."""
+    provenance = artifact.provenance
+    found = [
+        ('layers', f'{len(artifact.layers)}, {artifact.nbytes / 1e6:.2f} MB'),
+        ('checkpoint', provenance.checkpoint[:16]),
+        ('frames', provenance.frames[:16] or 'none'),
+    ]
+    measured = dict(provenance.measured)
+    count = measured.pop('judged_frames', None)
+    for key, words in (('action_error', 'action error when it was made'),
+                       ('other_seed', 'of another noise seed')):
+        mean, p95, worst = (
+            measured.pop(f'{key}{part}_mrad', None) for part in ('', '_p95', '_worst'))
+        if mean is not None:
+            rest = [f'{name} {value:.2f}' for name, value in
+                    (('p95', p95), ('worst frame', worst)) if value is not None]
+            found.append((words, f'{mean:.2f} mrad ({", ".join(rest)})'))
+    if count is not None:
+        found.append(('judged on', f'{count:.0f} held-out frames'))
+    return found + [(key, f'{value:.4g}') for key, value in sorted(measured.items())]

@@ -34,6 +34,7 @@ from quantvla_ros.quant.matching import Factors, fit_factors, fold
 from quantvla_ros.quant.observe import InputStatistics
 from quantvla_ros.quant.recipes import Recipe, find_recipe
 from quantvla_ros.quant.scheme import Scheme, parse_scheme
+from quantvla_ros.quant.times import Times, measure_times, watch_work
 from quantvla_ros.resources import cache_folder
 
 FELT_FRAMES = 24  # frames that tell what the action feels; each costs a backward pass
@@ -60,6 +61,16 @@ def _run(policy: LiberoVla, observations: Sequence[Observation], seed: int) -> N
     chunks(policy, observations, seed)
 
 
+def time_layers(
+    policy: LiberoVla, recipe: Recipe, precision: Scheme, observation: Observation
+) -> Times:
+    """Measure what the layers of a float policy would take in one chunk, at every width."""
+    sites = libero_vla_sites(policy.net)
+    names = [site.name for site in sites.linears]
+    work = watch_work(policy.net, names, lambda: _run(policy, [observation], 0))
+    return measure_times(sites, recipe_layout(recipe, sites, precision), work)
+
+
 @dataclass(frozen=True)
 class Result:
     """What was made: layers by name, and the factors of each attention, {} without matching."""
@@ -84,6 +95,7 @@ def quantize_policy(
     blockwise: bool = True,
     make: Make = QuantLinear,
     progress: Progress | None = None,
+    times: Times | None = None,
 ) -> Result:
     """Quantize a policy in place. Matching needs the float network too, and keeps a copy of it."""
     sites = libero_vla_sites(policy.net)
@@ -99,6 +111,7 @@ def quantize_policy(
         blockwise=blockwise,
         make=make,
         progress=progress,
+        times=times,
     )
     policy.tabulate(policy.net)
     if teacher is None or recipe.matching is None:

@@ -20,18 +20,22 @@ import torch
 
 from quantvla_ros.calibration import family
 from quantvla_ros.calibration.frames_file import Frames, read_frames
-from quantvla_ros.calibration.pipeline import quantize_policy
+from quantvla_ros.calibration.pipeline import quantize_policy, time_layers
 from quantvla_ros.calibration.policy_runs import action_error, chunks
 from quantvla_ros.contract import load_contract
 from quantvla_ros.kernels import dispatch
+from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.libero_checkpoint import SETTINGS, read_checkpoint, read_settings
 from quantvla_ros.policies.libero_panda import LiberoVla
+from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.artifact import Provenance, write_artifact
 from quantvla_ros.quant.linear import Make, QuantLinear
 from quantvla_ros.quant.recipes import Recipe, find_recipe
 from quantvla_ros.quant.scheme import Scheme, parse_scheme
 from quantvla_ros.quant.simulate import simulate
+from quantvla_ros.quant.spend import spent_ms
+from quantvla_ros.quant.times import Times, read_times
 from quantvla_ros.resources import share_path
 
 JUDGED_FRAMES = 32  # held-out frames that are run before and after
@@ -55,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='run the frames once for all layers instead of once for each block')
     add('--budget', type=float, default=0.0, metavar='MB',
         help='of all linear layers, for a recipe that spends them; default: as of equal widths')
+    add('--budget-ms', type=float, default=None, metavar='MS',
+        help='spend the time of the linear layers in a chunk instead of bytes; 0: that of equal '
+        'widths')
+    add('--times', type=Path, default=None, metavar='FILE',
+        help='times of the layers: read where it exists, else measured here and written')
     add('--threads', type=int, default=0, help='torch threads; default: its own choice')
 
 
@@ -91,13 +100,35 @@ def _tell(name: str, done: int, total: int) -> None:
 
 
 def with_budget(args: argparse.Namespace) -> Recipe:
-    """The recipe that is asked for, and the bytes that it may spend."""
+    """The recipe that is asked for, and the bytes or milliseconds that it may spend."""
     recipe = find_recipe(args.recipe)
-    if not args.budget:
+    in_time = args.budget_ms is not None
+    if not args.budget and not in_time:
         return recipe
     if recipe.spend is None:
         raise ValueError(f'--budget: recipe {recipe.name!r} gives every layer the same width')
-    return replace(recipe, spend=replace(recipe.spend, budget_mb=args.budget))
+    if args.budget and in_time:
+        raise ValueError('--budget and --budget-ms: spend bytes or time, not both')
+    return replace(recipe, spend=replace(
+        recipe.spend, budget_mb=args.budget, in_time=in_time, budget_ms=args.budget_ms or 0.0))
+
+
+def times_for(
+    args: argparse.Namespace, recipe: Recipe, precision: Scheme, policy: LiberoVla,
+    observation: Observation,
+) -> Times | None:
+    """Times of the layers where the recipe spends them: from a file, or measured."""
+    if recipe.spend is None or not recipe.spend.in_time:
+        return None
+    if args.times is not None and args.times.is_file():
+        times = read_times(args.times)
+    else:
+        times = time_layers(policy, recipe, precision, observation)
+        if args.times is not None:
+            times.write(args.times)
+    print(f'linear layers of a chunk on {times.machine} ({times.kernels}, {times.threads} '
+          f'threads): ' + ', '.join(f'{times.equal(w):.2f} ms at {w} bits' for w in (8, 4, 2)))
+    return times
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,6 +139,9 @@ def run(args: argparse.Namespace) -> int:
     model = Path(args.model) if args.model else share_path('models/libero_panda')
     folder = args.out or default_folder(model, recipe, precision)
     if not (model / SETTINGS).is_file():
+        if args.budget or args.budget_ms is not None:
+            raise ValueError('budgets are for the shipped policy: nothing asks a published '
+                             'checkpoint, which is streamed, what its action feels')
         return family.run(family.FamilyJob(
             model, recipe, precision, folder, args.contract, args.frames, args.limit, args.seed,
             args.threads, version(), _tell))
@@ -142,9 +176,11 @@ def _work(
     held = held[:: max(1, len(held) // JUDGED_FRAMES)][:JUDGED_FRAMES]
     reference = chunks(policy, held, OTHER_NOISE)
     floor = chunks(policy, held, 2 * OTHER_NOISE)
+    sites = libero_vla_sites(policy.net)
+    times = times_for(args, recipe, precision, policy, fitted[0])
     result = quantize_policy(
         policy, recipe, precision, fitted, seed=args.seed, blockwise=not args.one_pass,
-        make=layer_maker(), progress=_tell,
+        make=layer_maker(), progress=_tell, times=times,
     )
     execute = contract.action.execute
     error = action_error(chunks(policy, held, OTHER_NOISE), reference, execute)
@@ -177,6 +213,9 @@ def _work(
         f'peak memory {peak_mb():.0f} MB, {before_mb:.0f} MB of it before the model was read '
         f'(float weights {float_mb:.0f} MB); {time.monotonic() - began:.0f} s'
     )
+    if times is not None:
+        schemes = {name: layer.scheme for name, layer in result.layers.items()}
+        print(f'linear layers at their own widths: {spent_ms(sites, schemes, times.ms):.2f} ms')
     kept = int(np.sum([not f.neutral for f in result.factors.values()]))
     if recipe.matching is not None:
         print(f'alpha or beta differ from 1 at {kept} of {len(result.factors)} attentions')

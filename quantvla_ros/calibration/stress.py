@@ -28,6 +28,8 @@ from quantvla_ros.policies.libero_checkpoint import (
 from quantvla_ros.policies.libero_panda import LiberoVla
 from quantvla_ros.resources import share_path
 
+FRAMES = 16  # enough to know the size of a channel
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `quantvla stress`."""
@@ -35,8 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('model', nargs='?', default='', help='checkpoint folder; default: the shipped one')
     add('--out', type=Path, required=True, help='folder of the twin')
     add('--frames', type=Path, required=True, help='frames file made by `quantvla frames`')
-    add('--limit', type=int, default=16, help='use at most so many frames')
+    add('--limit', type=int, default=128, help='read at most so many frames, as the other '
+        f'commands do; {FRAMES} of those that calibrate are used')
     add('--seed', type=int, default=0, help='of channels and rotations')
+
+
+def telling(observations: Sequence[Observation], limit: int = FRAMES) -> Sequence[Observation]:
+    """Choose, evenly spread, the frames that tell which channels shall stand out."""
+    return observations[:: max(1, len(observations) // limit)][:limit]
 
 
 def channel_peaks(policy: LiberoVla, observations: Sequence[Observation]) -> dict[str, Tensor]:
@@ -81,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out.resolve() == model.resolve():
         raise ValueError('--out is the model itself; give another folder')
     contract = load_contract(read_settings(model).contract)
-    observations = read_frames(args.frames, args.limit).observations
+    observations = telling(read_frames(args.frames, args.limit).halves()[0])
     checkpoint, net = read_checkpoint(model)
     policy = LiberoVla.around(contract, PolicySettings(), checkpoint, net)
     reference, before = chunks(policy, observations), channel_peaks(policy, observations)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantvla_ros.kernels.cuda.tiles import NOWHERE, Early
 from quantvla_ros.policies.base import DeviceError
 from quantvla_ros.policies.cuda_groot import GrootPlan
-from quantvla_ros.policies.cuda_parts import pdl_for
+from quantvla_ros.policies.cuda_parts import early_for
 from quantvla_ros.policies.cuda_pi import Inputs, PiPlan
 from quantvla_ros.policies.cuda_source import ModelSource
 from quantvla_ros.policies.flow import PrefixGuidance
@@ -41,15 +42,16 @@ class Scene:
 
 def make_plan(
     family: str, source: Any, config: Any, *, steps: int, cameras: int, words: int,
-    pdl: bool = False,
+    early: Early = NOWHERE,
 ) -> Plan:
     """Plan a family for so many cameras and words. Raises ValueError for an unknown family."""
     capacity = cameras * config.vision.tokens + words
     if family == 'groot_n15':
-        return GrootPlan(source, config, steps=steps, cameras=cameras, capacity=capacity, pdl=pdl)
+        return GrootPlan(source, config, steps=steps, cameras=cameras, capacity=capacity,
+                         early=early)
     if family not in WORDS:
         raise ValueError(f'{family!r} has no plan for the GPU; known are {", ".join(WORDS)}')
-    return PiPlan(source, config, steps=steps, cameras=cameras, capacity=capacity, pdl=pdl,
+    return PiPlan(source, config, steps=steps, cameras=cameras, capacity=capacity, early=early,
                   adaptive=family == 'pi05')
 
 
@@ -64,6 +66,8 @@ class Graphs:
         if device.type != 'cuda':
             return
         self.stream = torch.cuda.Stream(device)
+        # weights and inputs are still being written on the stream of who built them
+        self.stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self.stream):
             plan.prefix()
             plan.denoise()
@@ -153,7 +157,7 @@ class CudaEngine:
         try:
             plan = make_plan(self.family, source, self.model.config,
                              steps=len(self.conditions), cameras=cameras, words=self.words,
-                             pdl=pdl_for(source.kind, self.device))
+                             early=early_for(source.kind, self.device))
             self.graphs = Graphs(plan, self.device)
         except torch.cuda.OutOfMemoryError as error:
             raise ValueError(

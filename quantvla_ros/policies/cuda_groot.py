@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantvla_ros.kernels.cuda.launch import PLAIN, Norm, Take, Tokens, run_euler
 from quantvla_ros.kernels.cuda.launch_attention import Keys, Turn
+from quantvla_ros.kernels.cuda.tiles import NOWHERE, Early
 from quantvla_ros.policies.cuda_layers import (
     CachedAttention,
     GatedMlp,
@@ -38,6 +39,7 @@ from quantvla_ros.policies.cuda_parts import (
 )
 from quantvla_ros.policies.cuda_pi import Inputs
 from quantvla_ros.policies.cuda_source import Source
+from quantvla_ros.policies.cuda_widen import widener
 from quantvla_ros.policies.flow import guidance_weight
 from quantvla_ros.policies.groot_n15 import EPS, GrootConditions
 
@@ -104,10 +106,11 @@ class GrootPlan:
 
     def __init__(
         self, source: Source, config: Any, *, steps: int, cameras: int, capacity: int,
-        pdl: bool = False,
+        early: Early = NOWHERE,
     ) -> None:
         self.config, self.steps, self.capacity = config, steps, capacity
-        self.machine = m = Machine(source.device, source.dtype, pdl=pdl)
+        self.machine = m = Machine(source.device, source.dtype)
+        self.early = early
         c, width = config, config.backbone.width
         self.vision = VisionTower(source, m, c.vision)
         self.backbone = Backbone(source, m, c.backbone, capacity)
@@ -132,6 +135,9 @@ class GrootPlan:
                                   (capacity, width), c.state, (c.horizon, c.action))
         self._small(source)
         self._conditions(source)
+        self.widener = widener(m, [
+            *zip(self.vision.attentions, self.vision.mlps, strict=True),
+            *zip(self.backbone.attentions, self.backbone.mlps, strict=True)])
 
     def _small(self, source: Source) -> None:
         c = self.config
@@ -174,6 +180,9 @@ class GrootPlan:
     def prefix(self) -> None:
         """Inputs -> keys and values of the context, and the tokens that stand before actions."""
         i, m = self.inputs, self.machine
+        m.pdl = self.early.prefix
+        if self.widener is not None:
+            self.widener.start()
         seen = self.vision.run(i.images)
         x = m.scratch('prefix', *i.words.shape)
         patches = seen[i.order.clamp(min=0)]
@@ -210,6 +219,7 @@ class GrootPlan:
     def denoise(self) -> None:
         """All steps, in place on inputs.x."""
         i, m, c = self.inputs, self.machine, self.config
+        m.pdl = self.early.loop
         narrow = m.scratch('actions', *i.x.shape)
         narrow.copy_(i.x)
         plain = Norm('layer', EPS)

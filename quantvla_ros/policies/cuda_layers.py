@@ -6,14 +6,18 @@ Each is built once from a Source and then run on a Stream. Nothing here waits fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantvla_ros.kernels.cuda import launch
+from quantvla_ros.kernels.cuda import launch, launch_fused
 from quantvla_ros.kernels.cuda import launch_attention as attention
 from quantvla_ros.kernels.cuda.launch import Epilogue, Norm, Tokens
 from quantvla_ros.kernels.cuda.launch_attention import Keys, Turn
+from quantvla_ros.kernels.cuda.launch_fused import Turned
+from quantvla_ros.kernels.cuda.pack import interleaved, pair_of_biases
 from quantvla_ros.policies.blocks import rotary
 from quantvla_ros.policies.cuda_parts import (
     FloatProjection,
@@ -45,6 +49,10 @@ class Mlp:
         self.second = project(source, machine, f'{name}.fc2')
         self.nbytes = self.first.nbytes + self.second.nbytes
 
+    def projections(self) -> list[Projection]:
+        """All of them."""
+        return [self.first, self.second]
+
     def run(self, stream: Stream, norm: Norm, step: int = 0) -> None:
         """Norm, both products, and the sum."""
         m, first = self.machine, self.first
@@ -73,12 +81,28 @@ class GatedMlp:
         self.gate, self.up = pair
         self.down = project(source, machine, f'{name}.down_proj')
         self.fused = self._can_fuse(*pair)
+        self.both: IntegerProjection | None = None  # with rows in turns
         self.group = None
-        if not self.fused:
+        if self.fused and 'pair' in machine.ways:
+            self.both = self._in_turns(*pair)
+        if self.both or not self.fused:
             del self.gate, self.up
+        if not self.fused:
             self.group = Group(source, machine, [f'{name}.gate_proj', f'{name}.up_proj'], pair)
-        held = self.group.nbytes if self.group else self.gate.nbytes + self.up.nbytes
-        self.nbytes = held + self.down.nbytes
+        self.nbytes = sum(p.nbytes for p in self.projections())
+
+    @staticmethod
+    def _in_turns(gate: Projection, up: Projection) -> IntegerProjection:
+        assert isinstance(gate, IntegerProjection) and isinstance(up, IntegerProjection)
+        gate.bias = pair_of_biases(gate.bias, up.bias, gate.n)
+        gate.weight = interleaved(gate.weight, up.weight)
+        return gate
+
+    def projections(self) -> list[Projection]:
+        """All of them."""
+        if self.both:
+            return [self.both, self.down]
+        return [*(self.group.parts if self.group else (self.gate, self.up)), self.down]
 
     @staticmethod
     def _can_fuse(gate: Projection, up: Projection) -> bool:
@@ -91,13 +115,22 @@ class GatedMlp:
         """Norm, three products, and the sum."""
         m, rows = self.machine, stream.x.shape[0]
         take = self.down.take(step)
-        if self.fused:
+        if self.both is not None:
+            tokens = stream.tokens(self.both.take(step), norm)
+            hidden = m.scratch('hidden', rows, self.both.n)
+            launch_fused.run_pair(self.both.tokens(tokens, step), self.both.read, hidden,
+                                  self.act, self.both.bias, pdl=m.pdl)
+            made = Tokens(hidden)
+            if take.top:
+                made = m.tokens(rows, take)
+                launch.make_tokens(hidden, self.both.n, take, made, pdl=m.pdl)
+        elif self.fused:
             assert isinstance(self.gate, IntegerProjection)
             assert isinstance(self.up, IntegerProjection)
             tokens = stream.tokens(self.gate.take(step), norm)
             hidden = m.scratch('hidden', rows, self.gate.n)
             self.gate.product(tokens, hidden, Epilogue(
-                act=self.act, up=self.up.weight, up_bias=self.up.bias), step)
+                act=self.act, up=self.up.read, up_bias=self.up.bias), step)
             made = Tokens(hidden)
             if take.top:
                 made = m.tokens(rows, take)
@@ -142,7 +175,9 @@ def attend_and_add(
         parts = machine.parts(split.parts, rows, heads, width)
         attention.run_attend(q, keys, heads, parts, split, causal=causal, pdl=machine.pdl)
         made = machine.tokens(rows, take)
-        attention.run_join(parts, split.parts, width, take, made, machine.dtype, pdl=machine.pdl)
+        at_once = 'join' in machine.ways and (width % 64 == 0 or split.parts <= 8)
+        join = launch_fused.run_join_at_once if at_once else attention.run_join
+        join(parts, split.parts, width, take, made, machine.dtype, pdl=machine.pdl)
     stream.add(output, made, gate, step)
 
 
@@ -155,6 +190,11 @@ class SelfAttention:
         self.output = project(source, machine, f'{name}.o_proj')
         self.width = self.qkv.n // (3 * heads)
         self.nbytes = self.qkv.nbytes + self.output.nbytes
+        self.ahead: Callable[[], None] | None = None  # called before anything else
+
+    def projections(self) -> list[Projection]:
+        """All of them."""
+        return [*self.qkv.parts, self.output]
 
     def run(
         self, stream: Stream, norm: Norm, length: Tensor | None = None, step: int = 0
@@ -171,6 +211,8 @@ class SelfAttention:
 
     def run_images(self, stream: Stream, norm: Norm, images: int) -> None:
         """The same for a batch of whole images, by the vendor's attention."""
+        if self.ahead is not None:
+            self.ahead()
         m, rows, inner = self.machine, stream.x.shape[0], self.heads * self.width
         qkv = m.scratch('qkv', rows, 3 * inner)
         self.qkv.run(stream, norm, qkv)
@@ -196,6 +238,12 @@ class CachedAttention:
         self.qkv = Group(source, machine, [f'{name}.{part}' for part in kept])
         self.output = None if last else project(source, machine, f'{name}.o_proj')
         self.nbytes = self.qkv.nbytes + (self.output.nbytes if self.output else 0)
+        self.fused = turn.q_norm is None and self.qkv.pair(turn.width)
+        self.ahead: Callable[[], None] | None = None  # called before anything else
+
+    def projections(self) -> list[Projection]:
+        """All of them."""
+        return [*self.qkv.parts, *([self.output] if self.output else [])]
 
     def run(
         self, stream: Stream, norm: Norm, cache: Tensor, length: Tensor, *, behind: bool,
@@ -206,13 +254,22 @@ class CachedAttention:
         behind: these tokens stand behind the length[0] that are cached already and see them and
         one another; otherwise they are the first ones, of which length[0] are real.
         """
+        if self.ahead is not None:
+            self.ahead()
         m, t, rows = self.machine, self.turn, stream.x.shape[0]
-        qkv = m.scratch('qkv', rows, self.qkv.n)
-        self.qkv.run(stream, norm, qkv, step=step)
         heads = 0 if self.last else t.heads
         q = m.scratch('q', rows, t.heads * t.width)
-        turn = Turn(heads, t.groups, t.width, t.cosine, t.sine, t.q_norm, t.k_norm, t.eps)
-        attention.run_turn(qkv, turn, q, cache[0], cache[1], length if behind else None, pdl=m.pdl)
+        start = length if behind else None
+        if self.fused:
+            queries = heads * t.width
+            self.qkv.run_turned(stream, norm, q, Turned(
+                t.cosine, t.sine, cache[0], cache[1], queries, queries + t.groups * t.width,
+                start), step=step)
+        else:
+            qkv = m.scratch('qkv', rows, self.qkv.n)
+            self.qkv.run(stream, norm, qkv, step=step)
+            turn = Turn(heads, t.groups, t.width, t.cosine, t.sine, t.q_norm, t.k_norm, t.eps)
+            attention.run_turn(qkv, turn, q, cache[0], cache[1], start, pdl=m.pdl)
         if self.output is None:
             return
         keys = Keys(cache[0], cache[1], t.groups, t.width, rows if behind else 0, length,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantvla_ros.kernels.cuda import launch, tiles
+from quantvla_ros.kernels.cuda import launch, launch_fused, tiles
 from quantvla_ros.kernels.cuda import launch_attention as attention
 from quantvla_ros.kernels.cuda.launch import (
     NO_EPILOGUE,
@@ -28,7 +28,15 @@ from quantvla_ros.kernels.cuda.launch import (
     Tokens,
     Workspace,
 )
-from quantvla_ros.kernels.cuda.pack import DeviceWeight, stack_rows, to_device
+from quantvla_ros.kernels.cuda.launch_fused import Turned
+from quantvla_ros.kernels.cuda.pack import (
+    DeviceWeight,
+    pair_order,
+    paired,
+    stack_rows,
+    to_device,
+)
+from quantvla_ros.kernels.cuda.tiles import Early
 from quantvla_ros.policies.cuda_source import Source
 from quantvla_ros.quant.linear import KERNEL_HADAMARD, QuantizedLayer, kernel_transform
 from quantvla_ros.quant.transforms import InputTransform, from_tensors
@@ -37,9 +45,11 @@ from quantvla_ros.quant.transforms import InputTransform, from_tensors
 class Machine:
     """Device, type, scratch and workspace of one plan. Freezes before a graph is captured."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, pdl: bool = False) -> None:
-        self.device, self.dtype, self.pdl = device, dtype, pdl
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.pdl = False  # whether the launches that are listed now begin early
         self.chip = launch.chip_of(device)
+        self.ways = tiles.ways(self.chip)
         self.workspace = Workspace(device)
         self._scratch: dict[tuple[Any, ...], Tensor] = {}
         self._frozen = False
@@ -81,6 +91,9 @@ class Machine:
         return sum(t.numel() * t.element_size() for t in held)
 
 
+FEW = 128  # tokens up to which the sums of a split product are left to the next norm
+
+
 class FloatProjection:
     """y = x W^T + bias in the model's type, by the vendor's library."""
 
@@ -119,6 +132,7 @@ class IntegerProjection:
     ) -> None:
         weight, bias = layer.folded()
         self.weight = to_device(weight, device)
+        self.wide: DeviceWeight | None = None  # the same with 8-bit codes; see cuda_widen.py
         self.bias = None if bias is None else bias.float().to(device)
         self.n, self.k = self.weight.shape
         self.act_bits = layer.scheme.act_bits
@@ -165,8 +179,28 @@ class IntegerProjection:
         """Write the product with its epilogue; the bias is the layer's own."""
         whole = Epilogue(self.bias, epilogue.act, epilogue.up, epilogue.up_bias, epilogue.gate,
                          epilogue.residual)
-        launch.run_product(self.tokens(tokens, step), self.weight, out, self.machine.workspace,
+        launch.run_product(self.tokens(tokens, step), self.read, out, self.machine.workspace,
                            whole, pdl=self.machine.pdl)
+
+    @property
+    def read(self) -> DeviceWeight:
+        """The weight as products read it."""
+        return self.wide or self.weight
+
+    def sums(self, tokens: Tokens, gate: Tensor | None, step: int) -> Branch | None:
+        """Leave a split product's raw sums to the next norm, for few tokens; None for others."""
+        rows, m = tokens.data.shape[0], self.machine
+        if rows > FEW or 'raw' not in m.ways:
+            return None
+        tile = tiles.choose(launch.problem_of(self.weight, rows, 'raw'), m.chip)
+        if tile.split == 1:
+            return None
+        made = self.tokens(tokens, step)
+        kind = torch.float32 if self.weight.group else torch.int32
+        raw = m.scratch('raw', tile.split, rows, self.n, dtype=kind)
+        launch_fused.run_raw(made, self.weight, raw, tile, pdl=m.pdl)
+        return Branch(raw, self.bias, gate, made.scale,
+                      None if self.weight.group else self.weight.scales[0])
 
 
 Projection = FloatProjection | IntegerProjection
@@ -246,6 +280,8 @@ class Group:
             parts = [self._stack(source, names, parts)]
         self.machine = machine
         self.parts = parts
+        # found once: comparing what lies on the device waits for it, which a capture refuses
+        self.again = [i > 0 and same_take(parts[i - 1], part) for i, part in enumerate(parts)]
         self.n = sum(part.n for part in parts)
         self.nbytes = sum(part.nbytes for part in parts)
 
@@ -272,17 +308,34 @@ class Group:
         first.bias, first.n = bias, first.weight.shape[0]
         return first
 
+    def pair(self, width: int) -> bool:
+        """Put rows of heads in pairs, for positions in the epilogue; whether that is wanted."""
+        part = self.parts[0]
+        if ('turn' not in self.machine.ways or len(self.parts) > 1
+                or not isinstance(part, IntegerProjection)):
+            return False
+        part.weight = paired(part.weight, width)
+        if part.bias is not None:
+            part.bias = part.bias[pair_order(part.n, part.n, width).to(part.bias.device)]
+        return True
+
+    def run_turned(
+        self, stream: Stream, norm: Norm, q: Tensor, turn: Turned, *, step: int = 0
+    ) -> None:
+        """Queries into q (rows, heads * width), keys and values into the cache; after `pair`."""
+        part = self.parts[0]
+        assert isinstance(part, IntegerProjection)
+        tokens = part.tokens(stream.tokens(part.take(step), norm), step)
+        launch_fused.run_turned(tokens, part.read, q, turn, part.bias, pdl=self.machine.pdl)
+
     def run(
         self, stream: Stream, norm: Norm, out: Tensor, *, rows: int = 0, step: int = 0
     ) -> None:
         """out (rows, n) = the projections of the normed stream."""
-        made: list[tuple[Projection, Tokens]] = []
-        start = 0
-        for part in self.parts:
-            tokens = next((t for other, t in made if same_take(other, part)), None)
-            if tokens is None:
+        tokens, start = None, 0
+        for part, again in zip(self.parts, self.again, strict=True):
+            if tokens is None or not again:
                 tokens = stream.tokens(part.take(step), norm)
-                made = [(part, tokens)]
             target = out[:, start:start + part.n]
             if isinstance(part, IntegerProjection):
                 part.product(tokens, target, step=step)
@@ -313,7 +366,9 @@ class Stream:
     ) -> None:
         """x += gate * projection(tokens): in the epilogue, or with the next norm."""
         if isinstance(projection, IntegerProjection):
-            projection.product(tokens, self.x, Epilogue(gate=gate, residual=self.x), step)
+            self.waiting = projection.sums(tokens, gate, step)
+            if self.waiting is None:
+                projection.product(tokens, self.x, Epilogue(gate=gate, residual=self.x), step)
             return
         y = self.machine.scratch('branch', *self.x.shape)
         projection.product(tokens, y, bias=False)
@@ -325,7 +380,9 @@ def gains(source: Source, name: str) -> Tensor:
     return source.value(name).float().contiguous()
 
 
-def pdl_for(source_kind: str, device: torch.device) -> bool:
-    """Whether launches overlap, by what was measured on the chip."""
-    return device.type == 'cuda' and tiles.use_pdl(source_kind, launch.chip_of(device))
+def early_for(source_kind: str, device: torch.device) -> Early:
+    """Where launches overlap, by what was measured on the chip."""
+    if device.type != 'cuda':
+        return Early()
+    return tiles.early(source_kind, launch.chip_of(device))
 

@@ -9,6 +9,7 @@ the modulation table; the sign of time is in the last layer's weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from quantvla_ros.kernels.cuda.launch import Norm, Tokens, run_euler
 from quantvla_ros.kernels.cuda.launch_attention import Turn
+from quantvla_ros.kernels.cuda.tiles import NOWHERE, Early
 from quantvla_ros.policies.cuda_layers import (
     CachedAttention,
     GatedMlp,
@@ -26,6 +28,7 @@ from quantvla_ros.policies.cuda_layers import (
 )
 from quantvla_ros.policies.cuda_parts import FloatProjection, Machine, Stream, small
 from quantvla_ros.policies.cuda_source import Source
+from quantvla_ros.policies.cuda_widen import widener
 from quantvla_ros.policies.flow import guidance_weight
 from quantvla_ros.policies.gemma import EPS, GemmaConfig
 
@@ -105,10 +108,11 @@ class PiPlan:
 
     def __init__(
         self, source: Source, config: Any, *, steps: int, cameras: int, capacity: int,
-        pdl: bool = False, adaptive: bool = True,
+        early: Early = NOWHERE, adaptive: bool = True,
     ) -> None:
         self.config, self.steps, self.adaptive = config, steps, adaptive
-        self.machine = m = Machine(source.device, source.dtype, pdl=pdl)
+        self.machine = m = Machine(source.device, source.dtype)
+        self.early = early
         c, e = config.backbone, config.expert
         self.capacity = capacity
         behind = config.horizon + (0 if adaptive else 1)
@@ -127,6 +131,9 @@ class PiPlan:
         out = small(source, 'action_out')
         self.leave = FloatProjection(-out.weight, None if out.bias is None else -out.bias)
         self._conditions(source)
+        self.widener = widener(m, [
+            *zip(self.vision.attentions, self.vision.mlps, strict=True),
+            *zip_longest(self.backbone.attentions, self.backbone.mlps)])
 
     def _conditions(self, source: Source) -> None:
         """Norms, gates and first layers of every step."""
@@ -157,6 +164,9 @@ class PiPlan:
 
     def prefix(self) -> None:
         """Inputs -> keys and values of every layer, and how many there are."""
+        self.machine.pdl = self.early.prefix
+        if self.widener is not None:
+            self.widener.start()
         i, width = self.inputs, self.config.backbone.width
         seen = self.vision.run(i.images)
         x = self.machine.scratch('prefix', self.capacity, width)
@@ -176,6 +186,7 @@ class PiPlan:
     def denoise(self) -> None:
         """All steps, in place on inputs.x."""
         i, m, horizon = self.inputs, self.machine, self.config.horizon
+        m.pdl = self.early.loop
         narrow = m.scratch('actions', *i.x.shape)
         narrow.copy_(i.x)
         velocity = m.scratch('velocity', *i.x.shape)

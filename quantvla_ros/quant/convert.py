@@ -22,10 +22,11 @@ from quantvla_ros.quant.layout import Layout, lay_out, override, raise_inputs, s
 from quantvla_ros.quant.linear import Make, QuantizedLayer, QuantLinear, replace_linears
 from quantvla_ros.quant.mixed import assign_rows, at_width
 from quantvla_ros.quant.observe import InputStatistics, Run, observe, same_inputs
-from quantvla_ros.quant.recipes import QvlaBits, Recipe
+from quantvla_ros.quant.recipes import QvlaBits, Recipe, Spend
 from quantvla_ros.quant.scheme import Scheme
 from quantvla_ros.quant.sites import ACTION, PolicySites
-from quantvla_ros.quant.spend import WIDTHS, spend_bytes
+from quantvla_ros.quant.spend import WIDTHS, Errors, spend_bytes, spend_ms
+from quantvla_ros.quant.times import Times
 
 Progress = Callable[[str, int, int], None]  # layer, how many are done, how many there are
 Losses = Callable[[], Iterable[Loss]]  # random directions of the action, as jacobian.py wants them
@@ -169,6 +170,18 @@ def _unseen(sites: PolicySites, names: Sequence[str]) -> dict[str, InputStatisti
     return {name: InputStatistics(sites.linear(name).in_features) for name in names}
 
 
+def _spend(
+    sites: PolicySites, layout: Layout, errors: Errors, precision: Scheme, how: Spend,
+    times: Times | None,
+) -> Layout:
+    """Return the layout with the widths that a budget allows."""
+    if not how.in_time:
+        return spend_bytes(sites, layout, errors, precision, how.budget_mb)
+    if times is None:
+        raise ValueError('a recipe that spends time needs the times of the layers')
+    return spend_ms(sites, layout, errors, precision, times.ms, how.budget_ms)
+
+
 @torch.no_grad()
 def quantize_net(
     net: nn.Module,
@@ -182,13 +195,14 @@ def quantize_net(
     blockwise: bool = True,
     make: Make = QuantLinear,
     progress: Progress | None = None,
+    times: Times | None = None,
 ) -> dict[str, QuantizedLayer]:
     """Quantize a network in place and return what is to be stored of each layer.
 
     blockwise: run the frames once for each block, so that a block is fitted to what the quantized
     blocks before it give, with one block's statistics in memory; else one run for all layers.
-    known: what ask() found, so that nothing is run. Raises ValueError when a layer never ran, or
-    when a recipe needs losses and has none.
+    known: what ask() found, so that nothing is run. times: for a recipe that spends time. Raises
+    ValueError when a layer never ran, or when a recipe needs losses or times and has none.
     """
     layout = recipe_layout(recipe, sites, precision)
     order = list(block_order(sites, layout))
@@ -199,7 +213,7 @@ def quantize_net(
     if recipe.spend is not None and errors:
         once = [site.name for site in sites.in_groups(recipe.spend.stored)]
         layout = override(layout, dict.fromkeys(once, STORED))
-        layout = spend_bytes(sites, layout, errors, precision, recipe.spend.budget_mb)
+        layout = _spend(sites, layout, errors, precision, recipe.spend, times)
     done: dict[str, QuantizedLayer] = {}
 
     def take(found: Iterator[tuple[list[str], list[QuantizedLayer]]]) -> None:

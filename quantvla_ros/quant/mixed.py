@@ -15,7 +15,7 @@ from torch import Tensor
 from quantvla_ros.kernels.weights import MixedWeight, PackedWeight, keep, mix
 from quantvla_ros.quant.pack import absmax_scale, dequantize, packed, quantize
 from quantvla_ros.quant.scheme import PerRow
-from quantvla_ros.quant.sensitivity import Unit, demote
+from quantvla_ros.quant.sensitivity import Unit, bit_costs, demote
 
 Errors = Mapping[str, Mapping[int, Tensor]]  # layer -> width -> (out,)
 
@@ -42,7 +42,7 @@ def assign_rows(
             units.append(unit)
             table[unit.name] = {bits: float(by_width[bits][row]) for bits in widths}
     budget = mean_bits * sum(unit.size for unit in units)
-    chosen = demote(units, table, widths, budget)
+    chosen = demote(bit_costs(units, widths), table, widths, budget)
     return {
         layer: [chosen[f'{layer}/{row}'] for row in range(len(by_width[widths[0]]))]
         for layer, by_width in errors.items()

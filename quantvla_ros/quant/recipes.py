@@ -124,15 +124,19 @@ class QvlaBits:
 
 @dataclass(frozen=True)
 class Spend:
-    """Weights of single layers one or more widths up, by action error saved for each byte.
+    """Weights of single layers one or more widths up, by action error saved for each byte or ms.
 
     budget_mb: of all linear layers; 0 for what rounding every layer alike takes. Layers that read
     the same input share a width. Below the bytes of equal widths, layers may go to 2 bits.
     stored: groups that run once at load, whose weights alone go to 8 bits; that saves bytes.
+    in_time: spend the time of a chunk instead, as measured (quant/times.py); budget_ms: of all
+    quantized layers, 0 for that of equal widths. Bytes are not bounded then.
     """
 
     budget_mb: float = 0.0
     stored: tuple[str, ...] = ('modulation',)
+    in_time: bool = False
+    budget_ms: float = 0.0
 
 
 @dataclass(frozen=True)

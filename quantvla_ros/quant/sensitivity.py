@@ -11,6 +11,8 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+Costs = Mapping[str, Mapping[int, float]]  # unit -> width -> what it costs
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -20,53 +22,62 @@ class Unit:
     size: int
 
 
-def demote(
-    units: Sequence[Unit],
-    errors: Mapping[str, Mapping[int, float]],
-    widths: Sequence[int],
-    budget_bits: float,
-) -> dict[str, int]:
-    """Lower widths, cheapest first, until the units take at most budget_bits in all.
+def bit_costs(units: Sequence[Unit], widths: Sequence[int]) -> dict[str, dict[int, int]]:
+    """Bits that each unit takes at each width."""
+    return {unit.name: {width: unit.size * width for width in widths} for unit in units}
 
-    Every unit starts at the widest. The next demotion is the one with the least added error for
-    each bit saved, (e_low - e_high) / (size * (b_high - b_low)), over all lower widths, so that a
-    width with a bad ratio can be jumped over. Raises ValueError when even the narrowest widths
-    exceed the budget.
+
+def demote(
+    costs: Costs, errors: Mapping[str, Mapping[int, float]], widths: Sequence[int], budget: float
+) -> dict[str, int]:
+    """Lower widths, cheapest first, until the units cost at most the budget in all.
+
+    costs, errors: of each unit at each width; a cost is in bits, milliseconds or what the budget
+    is in. Every unit starts at the widest. The next demotion is the one with the least added
+    error for what it saves, (e_low - e_high) / (c_high - c_low), over all lower widths that save
+    anything, so that a width with a bad ratio can be jumped over. Raises ValueError when the
+    cheapest widths exceed the budget.
     """
-    ladder = sorted(widths, reverse=True)
-    chosen = {unit.name: ladder[0] for unit in units}
-    sizes = {unit.name: unit.size for unit in units}
-    held = float(sum(unit.size * ladder[0] for unit in units))
-    least = sum(unit.size for unit in units) * ladder[-1]
-    if least > budget_bits:
+    ladders = {name: _worth(widths, by_width) for name, by_width in costs.items()}
+    chosen = {name: ladder[0] for name, ladder in ladders.items()}
+    held = float(sum(costs[name][width] for name, width in chosen.items()))
+    least = float(sum(costs[name][ladder[-1]] for name, ladder in ladders.items()))
+    if least > budget:
         raise ValueError(
-            f'{least} bits are needed even at width {ladder[-1]}; the budget is {budget_bits:.0f}'
+            f'{least:.6g} are needed even at width {min(widths)}; the budget is {budget:.6g}'
         )
-    steps = (_best_step(unit.name, ladder, sizes, errors, ladder[0]) for unit in units)
+    steps = (_best_step(n, ladders[n], costs[n], errors[n], chosen[n]) for n in costs)
     heap = [step for step in steps if step]
     heapq.heapify(heap)
-    while held > budget_bits and heap:
+    while held > budget and heap:
         _, name, low, high = heapq.heappop(heap)
-        if chosen[name] != high:
-            continue
-        held -= sizes[name] * (high - low)
+        held -= costs[name][high] - costs[name][low]
         chosen[name] = low
-        step = _best_step(name, ladder, sizes, errors, low)
+        step = _best_step(name, ladders[name], costs[name], errors[name], low)
         if step:
             heapq.heappush(heap, step)
     return chosen
 
 
+def _worth(widths: Sequence[int], costs: Mapping[int, float]) -> list[int]:
+    """Widths, widest first, that cost less than every wider one; the others are never worth it."""
+    ladder: list[int] = []
+    for width in sorted(widths, reverse=True):
+        if not ladder or costs[width] < costs[ladder[-1]]:
+            ladder.append(width)
+    return ladder
+
+
 def _best_step(
     name: str,
     ladder: Sequence[int],
-    sizes: Mapping[str, int],
-    errors: Mapping[str, Mapping[int, float]],
+    costs: Mapping[int, float],
+    errors: Mapping[int, float],
     high: int,
 ) -> tuple[float, str, int, int] | None:
-    """Return (added error per saved bit, name, low, high) of the best demotion from `high`."""
+    """Return (added error for what is saved, name, low, high) of the best demotion from `high`."""
     steps = [
-        ((errors[name][low] - errors[name][high]) / (sizes[name] * (high - low)), name, low, high)
+        ((errors[low] - errors[high]) / (costs[high] - costs[low]), name, low, high)
         for low in ladder
         if low < high
     ]

@@ -21,6 +21,7 @@ DROP = 0.008  # m above a surface at which a thing is let go
 BOXES = ('microwave',)
 BOX_PLACE = np.array([-0.022, -0.025, 0.0])  # m from the middle of its region: room for the hand
 ROOM = 0.13  # m; a drawer must be this far open to put something in
+LEANS = 0.25  # rad; what leans on a drawer's wall keeps the drawer from closing
 
 
 class Planner:
@@ -35,10 +36,17 @@ class Planner:
         """Return the moves up to the next point of decision; never an empty list."""
         met = self.world.conditions()
         for number, condition in self.goal:
-            if not met[number]:
+            if not met[number] or self._leans(condition):
                 moves = self._towards(condition, seed, tries)
                 return moves or [Hold(OPEN, 2)]
         return [Hold(OPEN, 2)]
+
+    def _leans(self, condition: list[str]) -> bool:
+        """Whether a thing is in a drawer that shall be shut, but stands in the way of it."""
+        if condition[0] != 'in' or ['close', condition[2]] not in self.world.scene.goal:
+            return False
+        up = self.world.data.xmat[self.world.thing_body(condition[1])].reshape(3, 3)[2]
+        return float(np.arccos(min(1.0, np.abs(up).max()))) > LEANS
 
     def _towards(
         self, condition: list[str], seed: np.ndarray, tries: Counter[str]

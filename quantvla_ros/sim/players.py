@@ -21,6 +21,7 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
 from quantvla_ros.sim.episodes import Act, Episode, Outcome, Settings, Variant, Watch, play
+from quantvla_ros.sim.gpus import renders_on
 from quantvla_ros.sim.lighting import parse_lighting
 
 PATIENCE_S = 0.004  # how long a batch waits for more to join
@@ -45,7 +46,7 @@ class Player:
     def __init__(self, settings: Settings, act: Act | None = None) -> None:
         self.settings = settings
         self.contract = load_contract(settings.contract)
-        self._act = act or self._act_here
+        self._alone, self._act = act is None, act or self._act_here
         self._policies: dict[Variant, Policy] = {}
         self._world: Any = None
         self._task = ''
@@ -53,9 +54,11 @@ class Player:
     def play(self, episode: Episode, watch: Watch | None = None) -> Outcome:
         """Play one episode; an exception becomes a crashed outcome.
 
-        Raises ValueError for a task that cannot be had, which is for the user to mend.
+        Raises ValueError for a task or a policy that cannot be had, which is for the user to mend.
         """
         world = self._world_of(episode)
+        if self._alone:
+            self._policy(episode.variant)  # a precision that is unknown is no crash
         text = world.scene.instruction
         return play(world, episode, self.settings, self.contract, text, self._act, watch)
 
@@ -66,10 +69,13 @@ class Player:
             self._world, self._task = make_task(self.settings, episode), episode.task_name
         return self._world
 
+    def _policy(self, variant: Variant) -> Policy:
+        if variant not in self._policies:
+            self._policies[variant] = load_policy(self.settings, variant, 1)
+        return self._policies[variant]
+
     def _act_here(self, episode: Episode, observation: Observation, seed: int) -> ActionChunk:
-        if episode.variant not in self._policies:
-            self._policies[episode.variant] = load_policy(self.settings, episode.variant, 1)
-        policy = self._policies[episode.variant]
+        policy = self._policy(episode.variant)
         return policy.denoise(policy.prepare(observation), seed)
 
 
@@ -156,13 +162,14 @@ def _serve(connection: Connection, settings: Settings) -> None:
 class _Worker:
     """One player process and what it is at."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, index: int) -> None:
         context = mp.get_context('spawn')
         self.connection, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(
             target=_serve, args=(theirs, settings), daemon=True
         )
-        self.process.start()
+        with renders_on(index):
+            self.process.start()
         theirs.close()
         self.episode: Episode | None = None
 
@@ -182,7 +189,7 @@ def play_in_processes(
     """
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # read by the children, which compute alone
     queue, inference = Queue(episodes), BatchedInference(settings)
-    team = [_Worker(settings) for _ in range(min(workers, len(episodes)))]
+    team = [_Worker(settings, index) for index in range(min(workers, len(episodes)))]
     try:
         for worker in team:
             worker.give(queue.next(''))
@@ -210,7 +217,8 @@ def _collect(
             except (EOFError, ConnectionResetError):
                 deaths += 1
                 yield _buried(worker, deaths)
-                team[team.index(worker)] = fresh = _Worker(settings)
+                place = team.index(worker)
+                team[place] = fresh = _Worker(settings, place)
                 fresh.give(queue.next(''))
                 continue
             if message[0] == 'ask':

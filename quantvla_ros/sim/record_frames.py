@@ -8,6 +8,7 @@ states belong to the evaluation and are never used here. Writes one frames file.
 from __future__ import annotations
 
 import argparse
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from quantvla_ros.calibration.frames import FrameSettings, frames_of
 from quantvla_ros.calibration.frames_file import write_frames
 from quantvla_ros.contract import Contract, load_contract
 from quantvla_ros.observation import Observation
+from quantvla_ros.parallel import Failed, Task, run_tasks
 from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
 from quantvla_ros.sim.episodes import CLOSE, OPEN, WORLD_RATE_HZ, observe, seed_of
 from quantvla_ros.sim.lighting import parse_lighting
@@ -38,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--lighting', default='day', metavar='WORDS',
         help='day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6')
     add('--seed', type=int, default=0, help='of starts and noise')
-    add('--threads', type=int, default=0)
+    add('--workers', type=int, default=1, help='processes that play tasks side by side')
+    add('--threads', type=int, default=0, help='of each process')
     bag = parser.add_argument_group('from a bag instead')
     bag.add_argument('--bag', default='', help='rosbag2 directory, .mcap or .db3')
     bag.add_argument('--count', type=int, default=128, help='frames to choose')
@@ -87,28 +90,46 @@ def run(args: argparse.Namespace) -> int:
         write(args.out, from_bag(args, load_contract(args.contract)))
         return 0
     from quantvla_ros.sim.evaluate import parse_numbers
+
+    if args.episodes < 1 or args.chunks < 1 or args.workers < 1:
+        raise ValueError('--episodes, --chunks and --workers must be at least 1')
+    parse_lighting(args.lighting)
+    names = [(suite.strip(), task) for suite in args.suite.split(',')
+             for task in parse_numbers(args.tasks)]
+    tasks = [Task(f'{suite}_{task}', partial(record, args, suite, task)) for suite, task in names]
+    found: dict[str, list[Observation]] = {}
+    for task, seen in run_tasks(tasks, args.workers):
+        if isinstance(seen, Failed):
+            kind = ValueError if seen.sentence else RuntimeError
+            raise kind(f'{task.name}: {seen.sentence or seen.text}')
+        found[task.name] = seen
+        print(f'{task.name}: {len(seen)} frames, {len(found)} of {len(tasks)} tasks', flush=True)
+    write(args.out, [one for task in tasks for one in found[task.name]])
+    return 0
+
+
+def record(args: argparse.Namespace, suite: str, task: int) -> list[Observation]:
+    """Return the frames of all episodes of one task."""
     from quantvla_ros.sim.starts import StartSampler
     from quantvla_ros.sim.world import make_world
 
-    if args.episodes < 1 or args.chunks < 1:
-        raise ValueError('--episodes and --chunks must be at least 1')
-    lighting = parse_lighting(args.lighting)
-    contract = load_contract(args.contract)
-    settings = PolicySettings(model=args.model, threads=args.threads)
-    policy = make_policy(args.policy, contract, settings)
-    frames: list[Observation] = []
-    for suite in args.suite.split(','):
-        for task in parse_numbers(args.tasks):
-            world = make_world(suite.strip(), task, lighting=lighting)
-            sampler = StartSampler(world)
-            for episode in range(args.episodes):
-                key = seed_of('start', args.seed, suite, task, episode)
-                sampler.draw(np.random.default_rng(key)).put(world)
-                frames += roll_out(world, policy, contract, args.chunks, key)
-            world.close()
-            print(f'{suite}_{task}: {len(frames)} frames', flush=True)
-    write(args.out, frames)
-    return 0
+    policy = _policy(args.policy, args.contract, args.model,
+                     args.threads or (1 if args.workers > 1 else 0))
+    world = make_world(suite, task, lighting=parse_lighting(args.lighting))
+    sampler, frames = StartSampler(world), []
+    try:
+        for episode in range(args.episodes):
+            key = seed_of('start', args.seed, suite, task, episode)
+            sampler.draw(np.random.default_rng(key)).put(world)
+            frames += roll_out(world, policy, policy.contract, args.chunks, key)
+    finally:
+        world.close()
+    return frames
+
+
+@lru_cache(maxsize=1)  # a process plays one task after another with it
+def _policy(name: str, contract: str, model: str, threads: int) -> Policy:
+    return make_policy(name, load_contract(contract), PolicySettings(model=model, threads=threads))
 
 
 def write(path: Path, frames: list[Observation]) -> None:

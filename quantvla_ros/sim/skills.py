@@ -194,6 +194,8 @@ class Skills:
             Move(pull, rotation, CLOSE, 0.15, settle=4),
             Hold(OPEN, 5),
             Move(pull + 0.06 * outward, rotation, OPEN, 0.25),
+            # up first: on its way home the hand would push the drawer in again
+            Move(pull + 0.08 * outward + [0, 0, 0.12], rotation, OPEN, 0.4),
             Posture(self.arm.home, OPEN),
         ]
 

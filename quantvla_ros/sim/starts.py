@@ -2,7 +2,9 @@
 """Random starts drawn from the regions of LIBERO's task files, for demonstrations.
 
 Draws what LIBERO's own samplers draw (regions, orientations, doors, fixtures that move by about a
-centimetre) and lets physics settle it. Refuses a draw only when something overlaps, falls or
+centimetre) and lets physics settle it. LIBERO's states do not say where the fixtures stand: they
+are saved beside one draw of them and played beside another, so that a bowl in a drawer is off its
+middle by as much. That is drawn here too. Refuses a draw only when something overlaps, falls or
 leaves its region. The official start states are for evaluation: nothing here looks at them, and a
 test runs it with those states replaced by NaN.
 """
@@ -121,13 +123,24 @@ class StartSampler:
             self._write(placement['object'], spot)
             placed[placement['object']] = spot
             mujoco.mj_forward(world.model, data)
-        fixtures = {name: (spot.position.copy(), spot.quaternion.copy())
-                    for name, spot in placed.items() if self.free[name] is None}
-        qpos = data.qpos.copy()
+        qpos, fixtures = data.qpos.copy(), self._other_fixtures(placed, rng)
         world.reset(qpos, fixtures=fixtures, settle=SETTLE_STEPS)
         if not self._stands(placed):
             return None
         return Start(qpos, fixtures)
+
+    def _other_fixtures(
+        self, placed: Mapping[str, _Placed], rng: np.random.Generator
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Draw the fixtures once more, for what was placed beside the first draw of them."""
+        found = {}
+        for placement in self.world.scene.placements:
+            if self.free[placement['object']] is None:
+                # no test for overlap: what stands on a fixture would never pass it
+                spot = self._place({**placement, 'ensure_valid_placement': False}, placed, rng)
+                assert spot is not None
+                found[placement['object']] = spot.position.copy(), spot.quaternion.copy()
+        return found
 
     def _bare(self, rng: np.random.Generator) -> np.ndarray:
         world = self.world

@@ -13,13 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from quantvla_ros.sim.gpus import renders_on
+
 Say = Callable[[str], None]
 PROGRESS_S = 10.0
-
-
-def gpu_count() -> int:
-    """How many NVIDIA GPUs this machine shows; rendering is spread over them."""
-    return sum(name.startswith('nvidia') and name[6:].isdigit() for name in os.listdir('/dev'))
 
 
 def run_jobs(
@@ -36,17 +33,14 @@ def run_jobs(
     count tells how much is done, for the progress line. Returns the number of processes that
     were stopped at the limit or ended badly.
     """
-    context = mp.get_context('spawn')
-    gpus, started = gpu_count(), time.monotonic()
+    context, started = mp.get_context('spawn'), time.monotonic()
     os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '1'
     team = []
     for index, arguments in enumerate(jobs):
-        if gpus:
-            os.environ['MUJOCO_EGL_DEVICE_ID'] = str(index % gpus)
         process = context.Process(target=work, args=tuple(arguments), daemon=True)
-        process.start()
+        with renders_on(index):
+            process.start()
         team.append(process)
-    os.environ.pop('MUJOCO_EGL_DEVICE_ID', None)
     told = 0.0
     while any(process.is_alive() for process in team):
         passed = time.monotonic() - started

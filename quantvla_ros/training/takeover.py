@@ -31,6 +31,7 @@ from quantvla_ros.sim.episodes import (
     seed_of,
 )
 from quantvla_ros.sim.expert import Expert
+from quantvla_ros.sim.gpus import renders_on
 from quantvla_ros.sim.players import BatchedInference
 from quantvla_ros.sim.rendering import mujoco
 from quantvla_ros.sim.starts import StartSampler
@@ -183,12 +184,13 @@ def gather(
     settings = Settings(model=model, device=device, batch=min(64, max(2, len(shares))))
     inference = BatchedInference(settings)
     team, live = [], []
-    for share in shares:
+    for index, share in enumerate(shares):
         mine, theirs = context.Pipe()
         process = context.Process(
             target=_work,
             args=(theirs, share, str(folder), seed, tuple(textures), until, alone), daemon=True)
-        process.start()
+        with renders_on(index):
+            process.start()
         theirs.close()
         team.append(process)
         live.append(mine)

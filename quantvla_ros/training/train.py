@@ -24,6 +24,7 @@ import torch.distributed as dist
 from quantvla_ros.policies.libero_checkpoint import read_checkpoint
 from quantvla_ros.policies.libero_vla import VlaConfig
 from quantvla_ros.policies.vocabulary import Vocabulary
+from quantvla_ros.sim.gpus import gpu_count
 from quantvla_ros.sim.scenes import MAIN_SUITES, load_scene, parse_tasks
 from quantvla_ros.training.dataset import load_demonstrations, statistics_of
 from quantvla_ros.training.fit import (
@@ -37,7 +38,6 @@ from quantvla_ros.training.fit import (
     warm_up_compilation,
 )
 from quantvla_ros.training.generate import generate, render
-from quantvla_ros.training.processes import gpu_count
 
 STAGES = ('demos', 'fit', 'takeover', 'render', 'select', 'card')
 ABLATIONS = ('augmentation', 'average', 'noise', 'preludes')
@@ -272,7 +272,10 @@ def _statistics(
     """Compute statistics once per work folder; all processes and later runs use the same."""
     path = args.work / 'statistics.json'
     if rank == 0 and not path.exists():
-        path.write_text(json.dumps(statistics_to_json(statistics_of(data, config.chunk))))
+        # other seeds may be trained beside this one: what they read is whole
+        part = path.with_name(f'{path.name}.{os.getpid()}.part')
+        part.write_text(json.dumps(statistics_to_json(statistics_of(data, config.chunk))))
+        part.replace(path)
     if ranks > 1:
         dist.barrier()
     return statistics_from_json(json.loads(path.read_text()))

@@ -122,6 +122,12 @@ def test_an_unknown_instruction_is_refused_and_not_a_crash():
     assert (outcome.status, outcome.error) == ('refused', 'does not know spoon')
 
 
+def test_an_unknown_precision_is_refused_and_not_a_crash(monkeypatch):
+    monkeypatch.setattr(players, 'make_task', lambda settings, episode: ReachWorld())
+    with pytest.raises(ValueError, match='w9a9'):
+        players.Player(Settings()).play(replace(EPISODE, variant=Variant('w9a9')))
+
+
 def test_command_noise_has_the_asked_size_and_is_paired():
     quiet, noisy, again = ReachWorld(9.0), ReachWorld(9.0), ReachWorld(9.0)
     settings = Settings(noise_rad=0.02)

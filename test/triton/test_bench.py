@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from quantvla_ros.bench import gpu, gpu_chunk, gpu_estimate, gpu_gemm
+from quantvla_ros.bench import gpu, gpu_chunk, gpu_estimate, gpu_gemm, gpu_profile, gpu_tune
 from quantvla_ros.bench.gpu_policy import RandomPi05, camera_to_command
 from quantvla_ros.bench.gpu_source import Precision, RandomSource
 from quantvla_ros.bench.gpu_time import Bench, Deadline
 from quantvla_ros.contract import load_contract
+from quantvla_ros.kernels.cuda import tiles
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.resources import share_path
@@ -55,9 +56,7 @@ def test_failing_section_does_not_take_the_others_along(tmp_path, capsys, monkey
 
 
 def test_tuning_writes_tiles_that_are_read_back(tmp_path, device, monkeypatch):
-    from quantvla_ros.kernels.cuda import tiles
-
-    monkeypatch.setattr(gpu_gemm, 'DRY', ((5, 96, 256),))
+    monkeypatch.setattr(gpu_tune, 'DRY', ((5, 96, 256, ''),))
     args = arguments(tmp_path, '--tune', '--tiles', str(tmp_path / 'tiles.json'))
     assert gpu.run(args) == 0
     written = json.loads((tmp_path / 'tiles.json').read_text())
@@ -122,3 +121,32 @@ def test_picture_to_command_adds_age_inference_and_wire():
     notes = [{'mark': 3, 'start_ns': 10_000_000, 'end_ns': 40_000_000, 'picture_age_ms': 5.0}]
     commands = [(1_000_000, 0.0), (42_000_000, 3e-6), (52_000_000, 3e-6)]
     assert camera_to_command(notes, commands, 1e-6) == [pytest.approx(37.0)]
+
+
+def test_ways_are_asked_for_by_name_and_reach_other_processes(tmp_path, capsys):
+    assert gpu.run(arguments(tmp_path, '--only', 'estimate', '--ways', 'pair,raw')) == 0
+    assert tiles.asked() == ['pair', 'raw'] and 'gate and up' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='no such ways: speed'):
+        gpu.run(arguments(tmp_path, '--only', 'estimate', '--ways', 'speed'))
+    assert gpu.run(arguments(tmp_path, '--only', 'estimate')) == 0
+    assert tiles.asked() == []
+
+
+def test_tuning_covers_the_ways_that_are_asked_for(tmp_path, device, monkeypatch):
+    monkeypatch.setattr(gpu_tune, 'FUSED', {'pair': ((5, 96, 128, 'pair'),),
+                                            'raw': ((5, 96, 256, 'raw'),),
+                                            'turn': ((5, 768, 128, 'turned'),)})
+    monkeypatch.setattr(gpu_tune, 'DRY', ())
+    words = ['--tune', '--tiles', str(tmp_path / 'tiles.json'), '--ways', 'all']
+    assert gpu.run(arguments(tmp_path, *words)) == 0
+    tiles.ask(())
+    written = json.loads((tmp_path / 'tiles.json').read_text())['interpreted']['tiles']
+    assert {'w8a8-pair', 'w4a8-raw', 'w8a8-turned'} <= {entry['kind'] for entry in written}
+
+
+def test_kernels_of_a_trace_are_put_together_by_name_and_grid():
+    event = {'cat': 'kernel', 'name': 'product', 'dur': 4.0, 'args': {'grid': [2, 1, 1]}}
+    other = {**event, 'args': {'grid': [8, 1, 1]}, 'dur': 1.0}
+    rows = gpu_profile.grouped([event, other, event, {'cat': 'cpu_op', 'name': 'x'}], 2)
+    assert [(row['grid'], row['calls'], row['us']) for row in rows] == [
+        ('[2, 1, 1]', 1.0, 4.0), ('[8, 1, 1]', 0.5, 0.5)]

@@ -11,27 +11,10 @@ import torch
 from quantvla_ros.bench.gpu_chunk import Setting, fill, network
 from quantvla_ros.bench.gpu_source import Precision, RandomSource
 from quantvla_ros.bench.gpu_time import Bench, Deadline
-from quantvla_ros.kernels.cuda import launch, resources
+from quantvla_ros.kernels.cuda import ahead, launch, resources, tiles
+from quantvla_ros.kernels.cuda.tiles import Early
 from quantvla_ros.policies import cuda_parts
 from quantvla_ros.policies.cuda_engine import make_plan
-
-
-class Card:
-    """What Triton asks a driver before it compiles."""
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget('cuda', 90, 32)
-
-    def get_active_torch_device(self):
-        return torch.device('cpu')
 
 
 @pytest.fixture
@@ -49,23 +32,30 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(JITFunction, 'run', compile_only)
     monkeypatch.setattr(launch, 'chip_of', lambda device: resources.chip(90))
-    monkeypatch.setattr(driver, '_active', Card())
+    monkeypatch.setattr(driver, '_active', ahead.Card(90))
     return seen
 
 
-@pytest.mark.parametrize(('family', 'precision', 'pdl'), [
-    ('pi05', Precision('w4a8', rotate=True), True), ('groot_n15', Precision('float'), False),
+@pytest.mark.parametrize(('family', 'precision', 'early', 'ways'), [
+    ('pi05', Precision('w4a8', rotate=True), Early(prefix=True, loop=True), ()),
+    ('pi05', Precision('w4a8'), Early(prefix=True, loop=True), tuple(tiles.WAYS)),
+    ('groot_n15', Precision('float'), Early(), ()),
 ])
-def test_every_launch_of_a_network_binds_and_compiles(family, precision, pdl, launches):
+def test_every_launch_of_a_network_binds_and_compiles(
+    family, precision, early, ways, launches, monkeypatch
+):
+    monkeypatch.setattr(tiles, 'ways', lambda chip: frozenset(ways))
     bench = Bench(torch.device('cpu'), True, True, Deadline(600))
     model = network(Setting(family, 3, 2), bench)
     source = RandomSource(family, precision, bench.device, torch.bfloat16, model)
     with torch.inference_mode():
-        plan = make_plan(family, source, model.config, steps=1, cameras=2, words=4, pdl=pdl)
+        plan = make_plan(family, source, model.config, steps=1, cameras=2, words=4,
+                         early=early)
         assert isinstance(plan.machine, cuda_parts.Machine)
         fill(plan, 2 * model.config.vision.tokens, family)
         plan.prefix()
         plan.denoise()
-    wanted = {'tokens', 'attend', 'turn', 'euler'}
+    wanted = {'tokens', 'attend', 'euler'} | (set() if ways else {'turn'})
     assert wanted <= set(launches)
     assert ('product' in launches) == (precision.scheme != 'float')
+    assert ({'fused', 'widen'} <= set(launches)) == bool(ways)

@@ -9,7 +9,8 @@ from cases import error
 
 from quantvla_ros.bench import gpu_tiny as tiny
 from quantvla_ros.kernels import reference
-from quantvla_ros.kernels.cuda import launch, launch_attention
+from quantvla_ros.kernels.cuda import launch, launch_attention, tiles
+from quantvla_ros.kernels.cuda.tiles import Tile
 from quantvla_ros.policies import flow, savings
 from quantvla_ros.policies.base import DeviceError
 from quantvla_ros.policies.loading import HeldLayer
@@ -96,10 +97,10 @@ def test_guidance_pulls_like_the_flow_loop(device):
         context = model.prefix(images.float() / 255 * 2 - 1, words, state)
         wanted = flow.denoise(lambda x, step: -model.velocity(context, x, conditions[step]),
                               noise, tiny.STEPS, guidance)
+    free = tiny.chunk(model, images, words, state, noise)  # the engine takes the model along
     made = tiny.engine('pi0', model, device)
     scene = made.prefix(images, words.tolist(), state)
     assert error(made.chunk(scene, noise, guidance), wanted) < 2e-5
-    free = tiny.chunk(model, images, words, state, noise)
     assert error(made.chunk(scene, noise), free) < 2e-5  # nothing of it is left behind
 
 
@@ -120,6 +121,37 @@ def test_failed_device_is_told_once_and_never_used_again(device):
         raise RuntimeError('CUDA error: an illegal memory access was encountered\nmore')
     with pytest.raises(DeviceError, match='restart the node'):
         made.prefix(*tiny.inputs(made.model)[:3])
+
+
+@pytest.fixture
+def asked():
+    """Ways that a test asks for, and nobody after it."""
+    yield tiles.ask
+    tiles.ask(())
+
+
+@pytest.mark.parametrize('ways', [['pair'], ['turn'], ['raw'], ['join'], list(tiles.WAYS)])
+def test_every_way_gives_what_the_proven_kernels_give(ways, device, asked, monkeypatch):
+    model = tiny.made('pi05')
+    inputs = tiny.inputs(model)
+    monkeypatch.setattr(tiles, 'by_rule', lambda *_: Tile(16, 64, 32, 2, 4, 2))
+    monkeypatch.setattr(launch_attention, 'choose_split',
+                        lambda *_: launch_attention.Split(16, 16, 2, 4, 1))
+    chunks = []
+    for some in ([], ways):
+        asked(some)
+        here = copy.deepcopy(model)
+        torch.manual_seed(5)
+        replace_linears(here, tiny.quantized(model, 'w4a8'), HeldLayer)
+        made = tiny.engine('pi05', here, device)
+        chunks.append(served(made, *inputs))
+        assert (made.graphs.plan.widener is not None) is ('widen' in some)
+    assert error(*chunks) < 2e-5
+
+
+def test_unknown_way_is_refused(asked):
+    with pytest.raises(ValueError, match='no such ways: faster; known are pair, turn'):
+        asked(['faster'])
 
 
 def test_hadamard_signs_are_those_of_the_reference(device):

@@ -31,13 +31,14 @@ def wanted(q, scale, weight):
 
 
 @pytest.mark.parametrize(('bits', 'group'), FORMS)
+@pytest.mark.parametrize('bulk', [0, 1])
 @pytest.mark.parametrize('split', [1, 3])
-def test_product_equals_exact_sums(bits, group, split, device, workspace):
+def test_product_equals_exact_sums(bits, group, split, bulk, device, workspace):
     weight = random_weight(bits, 70, 384, group)
     moved = pack.to_device(weight, device)
     q, scale = quantized(5, 384, device)
     out = poisoned(5, 70, device=device)
-    tile = Tile(16, 32, 32 if group == 32 else 64, 2, 4, split)
+    tile = Tile(16, 32, 32 if group == 32 else 64, 2, 4, split, bulk)
     run_product(on(device, q, scale, moved), moved, out, workspace, tile=tile)
     # without groups the sums are exact and only two scales are rounded
     assert error(out, wanted(q, scale, weight)) < (1e-6 if group else 3e-7)
@@ -54,9 +55,9 @@ def test_columns_that_fill_no_block_are_padded(columns, bits, device, workspace)
     assert error(out, wanted(q, scale, weight)) < 3e-7
 
 
-@pytest.mark.parametrize('split', [1, 2])
+@pytest.mark.parametrize(('split', 'bulk'), [(1, 0), (2, 1)])
 @pytest.mark.parametrize('act', ['silu', 'gelu_tanh'])
-def test_gated_pair_with_every_part_of_the_epilogue(split, act, device, workspace):
+def test_gated_pair_with_every_part_of_the_epilogue(split, bulk, act, device, workspace):
     first, second = random_weight(4, 64, 256), random_weight(4, 64, 256)
     q, scale = quantized(18, 256, device)
     bias, up_bias, gate = torch.randn(64), torch.randn(64), torch.randn(64)
@@ -66,7 +67,7 @@ def test_gated_pair_with_every_part_of_the_epilogue(split, act, device, workspac
                         up_bias.to(device), gate.to(device), residual.to(device))
     out = poisoned(18, 64, device=device)
     run_product(on(device, q, scale, moved), moved, out, workspace, epilogue,
-                tile=Tile(16, 32, 64, 2, 4, split))
+                tile=Tile(16, 32, 64, 2, 4, split, bulk))
     y = reference.ACTIVATIONS[act](wanted(q, scale, first) + bias.double())
     y = y * (wanted(q, scale, second) + up_bias.double()) * gate.double() + residual.double()
     assert error(out, y) < 1e-6

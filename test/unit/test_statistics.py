@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Intervals and tests against published and hand-counted values."""
 
+from math import comb
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantvla_ros.sim.statistics import mcnemar_exact, wilson
+from quantvla_ros.sim.statistics import mcnemar_exact, paired_difference, wilson
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,25 @@ def test_mcnemar_agrees_with_counting_coins(first, second, p):
 def test_negative_counts_are_refused():
     with pytest.raises(ValueError, match='cannot be negative'):
         mcnemar_exact(-1, 2)
+
+
+@pytest.mark.parametrize(('first', 'second'), [(0.03, 0.03), (0.1, 0.02), (0.2, 0.2)])
+def test_paired_interval_holds_the_true_difference_as_often_as_it_says(first, second):
+    pairs, held = 60, 0.0
+    for b in range(pairs + 1):
+        for c in range(pairs + 1 - b):
+            ways = comb(pairs, b) * comb(pairs - b, c)
+            rest = (1 - first - second) ** (pairs - b - c)
+            low, high = paired_difference(b, c, pairs)
+            if low <= second - first <= high:
+                held += ways * first**b * second**c * rest
+    assert 0.94 <= held <= 0.99
+
+
+def test_sides_that_change_places_change_the_sign():
+    low, high = paired_difference(7, 2, 100)
+    assert low < -0.05 < high
+    assert paired_difference(2, 7, 100) == pytest.approx((-high, -low))
+    assert paired_difference(0, 0, 0) == (-1.0, 1.0)
+    with pytest.raises(ValueError, match='disagree'):
+        paired_difference(3, 3, 5)

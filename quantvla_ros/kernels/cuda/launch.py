@@ -8,7 +8,8 @@ every output and the workspace, so that a captured graph touches planned memory 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,11 +118,17 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """What is to be added to a token before its norm: gate * (y + bias)."""
+    """What is to be added to a token before its norm: gate * (y + bias).
+
+    y is (M, K), or (splits, M, K): raw sums of a split product, which token (M,) and row (K,)
+    scales multiply.
+    """
 
     y: Tensor
     bias: Tensor | None = None
     gate: Tensor | None = None
+    token_scale: Tensor | None = None
+    row_scale: Tensor | None = None
 
 
 PLAIN = Norm()
@@ -154,20 +161,25 @@ def make_tokens(
     act: str = 'none',
     pair: bool = False,
     pdl: bool = False,
+    ahead: bool = False,
 ) -> None:
     """Turn x (M, columns), or (M, 2 columns) for a pair, into tokens; x takes the branch in."""
     language()
     none = nothing(x.device)
     b = branch or Branch(none)
-    token_kernels.tokens[(x.shape[0],)](
+    started(token_kernels.tokens, (x.shape[0],), ahead)(
         x, b.y, b.bias if b.bias is not None else none, b.gate if b.gate is not None else none,
         x, norm.multiply if norm.multiply is not None else none,
         norm.add if norm.add is not None else none,
         take.diagonal if take.diagonal is not None else none, signs(x.device), out.data,
         out.scale if out.scale is not None else none,
         take.static if take.static is not None else none,
-        x.stride(0), columns, out.data.stride(0), norm.eps,
-        BLOCKS=blocks_of(out.data.stride(0)), PAIR=pair, ACT=act, BRANCH=branch is not None,
+        b.token_scale if b.token_scale is not None else none,
+        b.row_scale if b.row_scale is not None else none,
+        x.shape[0], x.stride(0), columns, out.data.stride(0), norm.eps,
+        PARTS=b.y.shape[0] if b.token_scale is not None else 0,
+        ROWS=b.row_scale is not None, BLOCKS=blocks_of(out.data.stride(0)), PAIR=pair,
+        ACT=act, BRANCH=branch is not None,
         BRANCH_BIAS=b.bias is not None, GATE=b.gate is not None, NORM=norm.kind,
         MULTIPLY=norm.multiply is not None, ADD=norm.add is not None, TOP=take.top,
         DIAGONAL=take.diagonal is not None, ROTATE=take.rotate,
@@ -179,6 +191,11 @@ def make_tokens(
 def launched(pdl: bool) -> dict[str, bool]:
     """Option of a launch that may begin before the kernel ahead of it has ended."""
     return {'launch_pdl': True} if pdl else {}
+
+
+def started(kernel: Any, grid: tuple[int, ...], ahead: bool) -> Any:
+    """How to call a kernel: to run, or ahead of that only to be compiled."""
+    return partial(kernel.warmup, grid=grid) if ahead else kernel[grid]
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,10 +213,17 @@ class Epilogue:
 NO_EPILOGUE = Epilogue()
 
 
-def problem_of(weight: DeviceWeight, rows: int, gated: bool) -> Problem:
-    """What decides on the tile of a product."""
+def problem_of(weight: DeviceWeight, rows: int, follows: str = '') -> Problem:
+    """What decides on the tile of a product. follows: see Problem."""
     return Problem(weight.bits, rows, weight.shape[0], weight.padded[1], weight.group,
-                   weight.pack, gated)
+                   weight.pack, follows)
+
+
+def described(data: Tensor, rows: int, columns: int) -> Any:
+    """A matrix as the copy engine reads it, in blocks of rows and columns."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(data, list(data.shape), list(data.stride()), [rows, columns])
 
 
 def run_product(
@@ -211,29 +235,36 @@ def run_product(
     *,
     tile: Tile | None = None,
     pdl: bool = False,
+    ahead: bool = False,
 ) -> None:
-    """out (M, N), rows may lie apart, = epilogue(tokens W^T)."""
+    """out (M, N), rows may lie apart, = epilogue(tokens W^T). ahead: compile, and run nothing."""
     language()
     rows, e, none = tokens.data.shape[0], epilogue, nothing(out.device)
     if not rows:
         return
     n = weight.shape[0]
-    t = tile or choose(problem_of(weight, rows, e.up is not None), chip_of(out.device))
+    follows = 'gated' if e.up is not None else ''
+    t = tile or choose(problem_of(weight, rows, follows), chip_of(out.device))
     count = -(-rows // t.bm) * -(-n // t.bn)
     if t.split > 1:
         workspace.reserve(count * t.split * t.bm * t.bn * (2 if e.up else 1), count)
-    partial = workspace.partial
+    sums = workspace.partial
     up = e.up or weight
-    product_kernels.product[(count, t.split)](
-        tokens.data, tokens.scale, weight.data, weight.scales,
-        e.bias if e.bias is not None else none, up.data, up.scales,
+    x, w, u = tokens.data, weight.data, up.data
+    if t.bulk:
+        x = described(x, t.bm, t.bk)
+        w, u = described(w, t.bn, t.bk), described(u, t.bn, t.bk)
+    started(product_kernels.product, (count, t.split), ahead)(
+        x, tokens.scale, w, weight.scales,
+        e.bias if e.bias is not None else none, u, up.scales,
         e.up_bias if e.up_bias is not None else none, e.gate if e.gate is not None else none,
         e.residual if e.residual is not None else none, out,
-        partial.view(torch.float32) if weight.group else partial, workspace.count,
+        sums.view(torch.float32) if weight.group else sums, workspace.count,
         rows, n, weight.padded[1], weight.padded[0], out.stride(0),
         BITS=weight.bits, GROUP=weight.group, PACK=weight.pack, UP=e.up is not None, ACT=e.act,
         BIAS=e.bias is not None, UP_BIAS=e.up_bias is not None, GATE=e.gate is not None,
-        RESIDUAL=e.residual is not None, BM=t.bm, BN=t.bn, BK=t.bk, SPLIT=t.split, PDL=pdl,
+        RESIDUAL=e.residual is not None, BM=t.bm, BN=t.bn, BK=t.bk, SPLIT=t.split,
+        BULK=bool(t.bulk), PDL=pdl,
         num_warps=t.warps, num_stages=t.stages, **launched(pdl),
     )
 

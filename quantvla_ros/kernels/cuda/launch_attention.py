@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +21,10 @@ from quantvla_ros.kernels.cuda.launch import (
     launched,
     nothing,
     signs,
+    started,
     warps_of,
 )
-from quantvla_ros.kernels.cuda.tiles import Chip
+from quantvla_ros.kernels.cuda.tiles import Chip, stored
 
 LOG2E = 1.4426950408889634
 
@@ -39,6 +42,9 @@ class Split:
 
 def choose_split(rows: int, keys: int, heads: int, width: int, chip: Chip) -> Split:
     """Rows of one key-value head, keys, key-value heads (all batches), head width."""
+    known = _stored(rows, keys, heads, width, chip)
+    if known is not None:
+        return known
     wide = width > 128
     if rows > 1024:  # a prefix: enough tiles without splitting
         # before Hopper the sums stand in registers twice as long, and 128 rows would spill
@@ -49,6 +55,17 @@ def choose_split(rows: int, keys: int, heads: int, width: int, chip: Chip) -> Sp
     while parts < 8 and tiles * parts <= chip.processors and keys // (parts * 2) >= 32:
         parts *= 2
     return Split(bq, 32 if wide else 64, parts, 4 if not wide else 8, 2)
+
+
+def _stored(rows: int, keys: int, heads: int, width: int, chip: Chip) -> Split | None:
+    """What was measured for such an attention, within an octave of rows and keys."""
+    def distance(entry: Mapping[str, Any]) -> float:
+        return abs(math.log2(entry['rows'] / rows)) + abs(math.log2(entry['keys'] / keys))
+
+    entries = [entry for entry in stored().get(chip.name, {}).get('attention', [])
+               if (entry['heads'], entry['width']) == (heads, width)]
+    best = min(entries, key=distance, default=None)
+    return None if best is None or distance(best) > 1.0 else Split(*best['split'])
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +112,12 @@ def run_attend(
     batch: int = 1,
     causal: bool = False,
     pdl: bool = False,
+    ahead: bool = False,
 ) -> None:
-    """q (batch * tokens, heads * width), rows may lie apart, over keys -> out like q, or parts."""
+    """q (batch * tokens, heads * width), rows may lie apart, over keys -> out like q, or parts.
+
+    ahead: compile, and run nothing.
+    """
     language()
     tokens = q.shape[0] // batch
     share, width = heads // keys.groups, keys.width
@@ -104,7 +125,8 @@ def run_attend(
     target = out.values if isinstance(out, Parts) else out
     none = nothing(q.device)
     full = q.dtype is torch.float32
-    attention_kernels.attend[(-(-tokens * share // split.bq), split.parts, batch * keys.groups)](
+    grid = (-(-tokens * share // split.bq), split.parts, batch * keys.groups)
+    started(attention_kernels.attend, grid, ahead)(
         q, keys.k, keys.v, target, parts.sums if parts else none,
         parts.largest if parts else none, keys.length if keys.length is not None else none,
         LOG2E / math.sqrt(width), tokens * share, keys.extra, q.stride(0), keys.k.stride(-2),
@@ -119,13 +141,13 @@ def run_attend(
 
 def run_join(
     parts: Parts, split: int, width: int, take: Take, out: Tokens, dtype: torch.dtype,
-    *, pdl: bool = False,
+    *, pdl: bool = False, ahead: bool = False,
 ) -> None:
     """Join `split` parts into the tokens of the product that follows."""
     language()
     rows, heads = parts.sums.shape[1:]
     none = nothing(parts.values.device)
-    attention_kernels.join[(rows,)](
+    started(attention_kernels.join, (rows,), ahead)(
         parts.values, parts.sums, parts.largest,
         take.diagonal if take.diagonal is not None else none, signs(parts.values.device),
         out.data,

@@ -7,7 +7,7 @@ in 4-bit fields here and rows of mixed widths in 8-bit ones: their gain on a GPU
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,39 @@ def _mixed(weight: MixedWeight, device: torch.device) -> DeviceWeight:
     codes[weight.order[:held]] = torch.cat([unpack(part) for part in parts])
     scales[weight.order[:held]] = torch.cat([part.scales for part in parts])
     return _build(8, codes.to(device), scales.to(device), parts[0].group, (rows, columns))
+
+
+def pair_order(rows: int, turned: int, width: int) -> Tensor:
+    """Order in which column i and i + width / 2 of each head of `turned` rows stand together."""
+    order = torch.arange(rows)
+    heads = order[:turned].view(-1, 2, width // 2)
+    return torch.cat([heads.transpose(1, 2).flatten(), order[turned:]])
+
+
+def paired(weight: DeviceWeight, width: int) -> DeviceWeight:
+    """The rows of queries, keys and values, all of heads of one width, as put_pairs wants them."""
+    order = pair_order(weight.padded[0], weight.shape[0], width).to(weight.data.device)
+    return replace(weight, data=weight.data[order], scales=weight.scales[:, order].contiguous())
+
+
+def interleaved(gate: DeviceWeight, up: DeviceWeight) -> DeviceWeight:
+    """Rows of gate and up in turns, for a gated pair in one product."""
+    if (gate.bits, gate.group, gate.pack, gate.shape) != (up.bits, up.group, up.pack, up.shape):
+        raise ValueError('on a GPU both halves of a gated pair need the same bits and group')
+    data = torch.stack([gate.data, up.data], 1).flatten(0, 1)
+    scales = torch.stack([gate.scales, up.scales], 2).flatten(1)
+    return replace(gate, shape=(2 * gate.shape[0], gate.shape[1]), data=data, scales=scales,
+                   padded=(2 * gate.padded[0], gate.padded[1]))
+
+
+def pair_of_biases(gate: Tensor | None, up: Tensor | None, rows: int) -> Tensor | None:
+    """Biases in the order of interleaved rows; None where neither has one."""
+    some = next((bias for bias in (gate, up) if bias is not None), None)
+    if some is None:
+        return None
+    zero = torch.zeros(rows, device=some.device)
+    return torch.stack([(zero if bias is None else bias).float() for bias in (gate, up)],
+                       1).flatten()
 
 
 def stack_rows(weights: list[DeviceWeight]) -> DeviceWeight:

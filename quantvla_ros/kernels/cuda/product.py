@@ -14,6 +14,7 @@ Layout of the operands (kernels/cuda/pack.py makes it; NP: rows padded to 128, K
     w      int8 (NP, KP), or (NP, KP / 2) for 4 bits: byte j of a block of PACK columns holds
            column j in its low nibble and column PACK / 2 + j in its high one
     sw     float32 (groups, NP); a group is a row, or one half of a block for 4 bits
+With BULK, x, w and up are descriptors of these: Hopper's copy engine then fetches whole tiles.
 """
 
 from __future__ import annotations
@@ -32,41 +33,84 @@ def activate(x, ACT: tl.constexpr):
 
 
 @jit
-def sums(
-    x, w, sw, rx, rn, first, last, KP, NP, acc,
-    BITS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def tokens_of(x, rx, first_row, column, KP, BK: tl.constexpr, BULK: tl.constexpr):
+    """BK columns of the tile's tokens, as (BK, BM)."""
+    if BULK:
+        tile = x.load([first_row, column]).T
+    else:
+        rk = tl.arange(0, BK)
+        tile = tl.load(x + rx[None, :] * KP + (column + rk)[:, None])
+    return tile
+
+
+@jit
+def weights_of(w, rn, first_row, at, row_bytes, BK: tl.constexpr, BULK: tl.constexpr):
+    """BK bytes of the tile's rows of W, as (BN, BK)."""
+    if BULK:
+        tile = w.load([first_row, at])
+    else:
+        rk = tl.arange(0, BK)
+        tile = tl.load(w + rn[:, None] * row_bytes + (at + rk)[None, :])
+    return tile
+
+
+@jit
+def multiplied(
+    acc, w, sw, rn, row_n, at, low_x, high_x, KP, NP,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, BK: tl.constexpr,
+    BULK: tl.constexpr,
 ):
-    """Add steps first .. last of the product to acc (BN, BM): int32, or float32 with groups."""
-    rk = tl.arange(0, BK)
+    """acc plus one step of W_tile X^T; high_x is of no use for 8 bits."""
+    HALF: tl.constexpr = PACK // 2
+    if BITS == 4:
+        packed = weights_of(w, rn, row_n, at, KP // 2, BK, BULK)
+        low, high = (packed << 4).to(tl.int8), packed & -16
+        if GROUP:
+            scales = sw + (at // HALF) * 2 * NP + rn
+            part = tl.dot(low, low_x, out_dtype=tl.int32).to(tl.float32)
+            acc += part * tl.load(scales)[:, None]
+            part = tl.dot(high, high_x, out_dtype=tl.int32).to(tl.float32)
+            acc += part * tl.load(scales + NP)[:, None]
+        else:
+            acc = tl.dot(low, low_x, acc, out_dtype=tl.int32)
+            acc = tl.dot(high, high_x, acc, out_dtype=tl.int32)
+    else:
+        weights = weights_of(w, rn, row_n, at, KP, BK, BULK)
+        if GROUP:
+            part = tl.dot(weights, low_x, out_dtype=tl.int32).to(tl.float32)
+            acc += part * tl.load(sw + (at // GROUP) * NP + rn)[:, None]
+        else:
+            acc = tl.dot(weights, low_x, acc, out_dtype=tl.int32)
+    return acc
+
+
+@jit
+def sums(
+    x, w, sw, up, up_sw, rx, rn, row_x, row_n, first, last, KP, NP,
+    BITS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BULK: tl.constexpr,
+):
+    """Steps first .. last of both products, (BN, BM) each: int32, or float32 with groups."""
+    kind: tl.constexpr = tl.float32 if GROUP else tl.int32
+    acc = tl.zeros((BN, BM), kind)
+    other = tl.zeros((BN, BM), kind)
     HALF: tl.constexpr = PACK // 2
     for step in range(first, last):
         at = step * BK
         if BITS == 4:
-            packed = tl.load(w + rn[:, None] * (KP // 2) + (at + rk)[None, :])
             # the hint is what makes loads of 16 bytes, and so a pipeline, possible
             column = tl.multiple_of((at // HALF) * PACK + at % HALF, BK)
-            low_x = tl.load(x + rx[None, :] * KP + (column + rk)[:, None])
-            high_x = tl.load(x + rx[None, :] * KP + (column + HALF + rk)[:, None])
-            low, high = (packed << 4).to(tl.int8), packed & -16
-            if GROUP:
-                scales = sw + (at // HALF) * 2 * NP + rn
-                part = tl.dot(low, low_x, out_dtype=tl.int32).to(tl.float32)
-                acc += part * tl.load(scales)[:, None]
-                part = tl.dot(high, high_x, out_dtype=tl.int32).to(tl.float32)
-                acc += part * tl.load(scales + NP)[:, None]
-            else:
-                acc = tl.dot(low, low_x, acc, out_dtype=tl.int32)
-                acc = tl.dot(high, high_x, acc, out_dtype=tl.int32)
+            low_x = tokens_of(x, rx, row_x, column, KP, BK, BULK)
+            high_x = tokens_of(x, rx, row_x, column + HALF, KP, BK, BULK)
         else:
-            weights = tl.load(w + rn[:, None] * KP + (at + rk)[None, :])
-            tokens = tl.load(x + rx[None, :] * KP + (at + rk)[:, None])
-            if GROUP:
-                part = tl.dot(weights, tokens, out_dtype=tl.int32).to(tl.float32)
-                acc += part * tl.load(sw + (at // GROUP) * NP + rn)[:, None]
-            else:
-                acc = tl.dot(weights, tokens, acc, out_dtype=tl.int32)
-    return acc
+            low_x = tokens_of(x, rx, row_x, at, KP, BK, BULK)
+            high_x = low_x
+        acc = multiplied(acc, w, sw, rn, row_n, at, low_x, high_x, KP, NP,
+                         BITS, GROUP, PACK, BK, BULK)
+        if UP:
+            other = multiplied(other, up, up_sw, rn, row_n, at, low_x, high_x, KP, NP,
+                               BITS, GROUP, PACK, BK, BULK)
+    return acc, other
 
 
 @jit
@@ -114,7 +158,7 @@ def product(
     BITS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UP: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr, UP_BIAS: tl.constexpr, GATE: tl.constexpr,
     RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, BULK: tl.constexpr, PDL: tl.constexpr,
 ):
     """One tile (BN rows of W, BM tokens) of one split; grid (tiles, SPLIT). See the module."""
     if PDL:
@@ -122,8 +166,9 @@ def product(
         tl.extra.cuda.gdc_launch_dependents()
     tile, split = tl.program_id(0), tl.program_id(1)
     across = tl.cdiv(M, BM)
-    rm = (tile % across) * BM + tl.arange(0, BM)
-    rn = (tile // across) * BN + tl.arange(0, BN)
+    row_x, row_n = (tile % across) * BM, (tile // across) * BN
+    rm = row_x + tl.arange(0, BM)
+    rn = row_n + tl.arange(0, BN)
     rx = tl.where(rm < M, rm, 0)  # instead of a mask: what it gives is never stored
     steps = KP // BK
     if BITS == 4:
@@ -131,14 +176,8 @@ def product(
     each = tl.cdiv(steps, SPLIT)
     first = split * each
     last = tl.minimum(first + each, steps)
-    kind: tl.constexpr = tl.float32 if GROUP else tl.int32
-    acc = tl.zeros((BN, BM), kind)
-    acc = sums(x, w, sw, rx, rn, first, last, KP, NP, acc, BITS, GROUP, PACK, BM, BN, BK)
-    other = acc
-    if UP:
-        other = tl.zeros((BN, BM), kind)
-        other = sums(x, up, up_sw, rx, rn, first, last, KP, NP, other,
-                     BITS, GROUP, PACK, BM, BN, BK)
+    acc, other = sums(x, w, sw, up, up_sw, rx, rn, row_x, row_n, first, last, KP, NP,
+                      BITS, GROUP, PACK, UP, BM, BN, BK, BULK)
     if SPLIT == 1:
         finish(acc, other, sx, sw, bias, up_sw, up_bias, gate, residual, out, rm, rn, M, N,
                out_stride, BITS, GROUP, UP, ACT, BIAS, UP_BIAS, GATE, RESIDUAL)
@@ -155,8 +194,8 @@ def product(
         if arrived == SPLIT - 1:
             tl.debug_barrier()
             tl.store(count + tile, 0)  # ready for the next call
-            acc = tl.zeros((BN, BM), kind)
-            other = tl.zeros((BN, BM), kind)
+            acc = tl.zeros((BN, BM), acc.dtype)
+            other = tl.zeros((BN, BM), acc.dtype)
             for part in range(SPLIT):
                 acc += tl.load(own + part * EACH + place, cache_modifier='.cg')
                 if UP:

@@ -18,6 +18,7 @@ from typing import Any
 
 from quantvla_ros.kernels.cuda import (
     attention,
+    fused,
     interpreted,
     launch,
     launch_attention,
@@ -36,6 +37,9 @@ PRODUCTS = (
     (4, 128, 50, 1024, 4096, False), (4, 128, 968, 2048, 16384, False),
     (8, 128, 50, 1024, 4096, False),
 )
+
+
+BULK = 128  # bytes of a row that Hopper's engine copies at once
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def product_case(bits: int, group: int, m: int, n: int, kp: int, gated: bool, ch
                  *, tile: Tile | None = None, pdl: bool = False) -> Case:
     """The product with an epilogue as the models use it."""
     pack = 2 * group if group and bits == 4 else group or (256 if kp % 256 == 0 else 128)
-    problem = Problem(bits, m, n, kp, group, pack, gated)
+    problem = Problem(bits, m, n, kp, group, pack, 'gated' if gated else '')
     t = tile or choose(problem, chip)
     floats = ('sx', 'sw', 'bias', 'up_sw', 'up_bias', 'gate')
     types = {'x': '*i8', 'w': '*i8', 'up': '*i8', **dict.fromkeys(floats, '*fp32'),
@@ -79,25 +83,54 @@ def product_case(bits: int, group: int, m: int, n: int, kp: int, gated: bool, ch
     constants = {'BITS': bits, 'GROUP': group, 'PACK': pack, 'UP': gated,
                  'ACT': 'gelu_tanh' if gated else 'none', 'BIAS': False, 'UP_BIAS': False,
                  'GATE': not gated, 'RESIDUAL': not gated, 'BM': t.bm, 'BN': t.bn, 'BK': t.bk,
-                 'SPLIT': t.split, 'PDL': pdl}
+                 'SPLIT': t.split, 'BULK': bool(t.bulk), 'PDL': pdl}
+    if t.bulk:
+        types |= {'x': f'tensordesc<i8[{t.bm}, {t.bk}]>',
+                  **dict.fromkeys(('w', 'up'), f'tensordesc<i8[{t.bn}, {t.bk}]>')}
     name = f'{problem.kind} {m}x{n}x{kp} {t.bm}/{t.bn}/{t.bk} s{t.stages} w{t.warps} k{t.split}'
     return Case(name, product.product, types, constants, t.warps, t.stages)
 
 
-def token_case(columns: int, top: int, rotate: bool, *, pdl: bool = False) -> Case:
+def token_case(columns: int, top: int, rotate: bool, *, pdl: bool = False,
+               parts: int = 0) -> Case:
     """Branch, modulated norm, and rotated or plain quantization, or floats."""
     stored = 'i8' if top else 'bf16'
-    types = {'x': '*bf16', 'branch': '*bf16', 'branch_bias': '*bf16', 'gate': '*fp32',
-             'total': '*bf16', 'multiply': '*fp32', 'add': '*fp32', 'diagonal': '*fp32',
+    types = {'x': '*bf16', 'branch': '*i32' if parts else '*bf16',
+             'branch_bias': '*bf16', 'gate': '*fp32',
+             'total': '*bf16', 'token_scale': '*fp32', 'row_scale': '*fp32',
+             'M': 'i32', 'multiply': '*fp32', 'add': '*fp32', 'diagonal': '*fp32',
              'hadamard': '*i8',
              'out': f'*{stored}', 'scale': '*fp32', 'static': '*fp32', 'x_stride': 'i32',
              'K': 'i32', 'KP': 'i32', 'eps': 'fp32'}
-    constants = {'BLOCKS': launch.blocks_of(columns), 'PAIR': False, 'ACT': 'none',
-                 'BRANCH': not top, 'BRANCH_BIAS': False, 'GATE': not top, 'NORM': 'rms',
+    constants = {'PARTS': parts, 'ROWS': bool(parts),
+                 'BLOCKS': launch.blocks_of(columns), 'PAIR': False, 'ACT': 'none',
+                 'BRANCH': bool(not top or parts), 'BRANCH_BIAS': False,
+                 'GATE': not top, 'NORM': 'rms',
                  'MULTIPLY': True, 'ADD': True, 'TOP': top, 'DIAGONAL': rotate,
                  'ROTATE': rotate, 'STATIC': False, 'CAST': triton.language.bfloat16, 'PDL': pdl}
     name = f'tokens {columns} {"float" if not top else "int8"}{" rotated" if rotate else ""}'
     return Case(name, tokens.tokens, types, constants, launch.warps_of(columns), 3, False)
+
+
+def fused_case(bits: int, m: int, n: int, kp: int, follows: str, chip: Chip,
+               *, tile: Tile | None = None, pdl: bool = False) -> Case:
+    """A product of fused.py: 'pair', 'turned' (heads of 256, one of keys) or 'raw'."""
+    problem = Problem(bits, m, n, kp, 0, 256 if kp % 256 == 0 else 128, follows)
+    t = tile or choose(problem, chip)
+    turn, raw = 128 if follows == 'turned' else 0, follows == 'raw'
+    numbers = ('M', 'N', 'KP', 'NP', 'out_stride', 'k_stride', 'v_stride')
+    types = {'x': '*i8', 'w': '*i8', 'out': '*i32' if raw else '*bf16', 'length': '*i32',
+             **dict.fromkeys(('sx', 'sw', 'bias', 'cosine', 'sine'), '*fp32'),
+             'k_out': '*bf16', 'v_out': '*bf16', **dict.fromkeys(numbers, 'i32')}
+    if t.bulk:
+        types |= {'x': f'tensordesc<i8[{t.bm}, {t.bk}]>', 'w': f'tensordesc<i8[{t.bn}, {t.bk}]>'}
+    constants = {'BITS': bits, 'GROUP': 0, 'PACK': problem.pack, 'ACT': 'gelu_tanh',
+                 'BIAS': False, 'BM': t.bm, 'BN': t.bn, 'BK': t.bk,
+                 'SPLIT': t.split if raw else 1, 'BULK': bool(t.bulk), 'RAW': raw, 'TURN': turn,
+                 'QUERIES': n - 4 * turn, 'VALUES': n - 2 * turn, 'LENGTH': bool(turn),
+                 'PDL': pdl}
+    name = f'{problem.kind} {m}x{n}x{kp} {t.bm}/{t.bn}/{t.bk} s{t.stages} w{t.warps} k{t.split}'
+    return Case(name, fused.fused, types, constants, t.warps, t.stages)
 
 
 def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip: Chip,
@@ -119,7 +152,8 @@ def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip:
     return Case(name, attention.attend, types, constants, split.warps, split.stages)
 
 
-def join_case(heads: int, width: int, parts: int, top: int, rotate: bool) -> Case:
+def join_case(heads: int, width: int, parts: int, top: int, rotate: bool,
+              *, at_once: bool = False) -> Case:
     """The splits of an attention into tokens."""
     types = {'parts': '*fp32', 'sums': '*fp32', 'largest': '*fp32', 'diagonal': '*fp32',
              'hadamard': '*i8', 'out': '*i8' if top else '*bf16', 'scale': '*fp32',
@@ -128,8 +162,9 @@ def join_case(heads: int, width: int, parts: int, top: int, rotate: bool) -> Cas
                  'SPLIT': parts, 'TOP': top, 'DIAGONAL': rotate, 'ROTATE': rotate,
                  'STATIC': False,
                  'CAST': triton.language.bfloat16, 'PDL': False}
-    return Case(f'join {heads}x{width} of {parts}', attention.join, types, constants,
-                launch.warps_of(heads * width), 3, False)
+    kernel, times = (fused.join_at_once, 2) if at_once else (attention.join, 1)
+    name = f'join {heads}x{width} of {parts}' + (' at once' if at_once else '')
+    return Case(name, kernel, types, constants, times * launch.warps_of(heads * width), 3, False)
 
 
 def turn_case(heads: int, groups: int, width: int, norm: bool) -> Case:
@@ -157,6 +192,12 @@ def cases(chip: Chip) -> Iterator[Case]:
     """Every kernel at the shapes of the published policies."""
     for shape in PRODUCTS:
         yield product_case(*shape, chip)
+    for bits in (8, 4):
+        yield fused_case(bits, 50, 8192, 1024, 'pair', chip)
+        yield fused_case(bits, 50, 2560, 1024, 'turned', chip)
+        yield fused_case(bits, 50, 1024, 4096, 'raw', chip)
+        yield fused_case(bits, 968, 32768, 2048, 'pair', chip)
+    yield token_case(1024, 127, False, parts=4)
     for columns in (1024, 2048, 16384):
         yield token_case(columns, 127, False)
         yield token_case(columns, 127, True)
@@ -166,6 +207,7 @@ def cases(chip: Chip) -> Iterator[Case]:
     yield attend_case(49, 560, 32, 32, 48, chip)
     yield attend_case(560, 560, 16, 8, 128, chip, causal=True)
     yield join_case(8, 256, 8, 127, True)
+    yield join_case(8, 256, 8, 127, True, at_once=True)
     yield join_case(32, 48, 4, 0, False)
     yield turn_case(8, 1, 256, False)
     yield turn_case(16, 8, 128, True)
@@ -186,7 +228,7 @@ def compiled(case: Case, capability: int) -> Any:
     loose = {'M', 'rows', 'extra', 'tokens', 'size', 'width', 'eps'}
     attributes = {(i,): wide for i, name in enumerate(names)
                   if name in case.types and name not in loose
-                  and not case.types[name].startswith('fp')}
+                  and case.types[name][0] in '*i'}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants,
                        attrs=attributes)
     options = {'num_warps': case.warps, 'num_stages': case.stages,
@@ -202,6 +244,8 @@ def usage(case: Case, capability: int) -> Usage:
     matrix = ' '.join(sorted({f'{kind.split(".")[0]}.{types}' for kind, types in kinds}))
     copies = re.findall(r'cp\.async\.c[ag]\.\S+ \[[^]]*\], \[[^]]*\], (\w+)', ptx)
     widths = [int(width, 0) for width in copies]
+    if 'cp.async.bulk.tensor' in ptx:
+        widths.append(BULK)
     registers, stack = _machine_code(kernel.asm['cubin'])
     return Usage(case.name, capability, int(kernel.metadata.shared), registers, stack, matrix,
                  min(widths, default=0))

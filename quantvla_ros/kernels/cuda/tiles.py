@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -27,7 +27,10 @@ FAR = 3.0  # octaves of m, n and k together beyond which a stored tile says noth
 
 @dataclass(frozen=True)
 class Tile:
-    """bm tokens, bn rows, bk bytes of a row of W in each step; stages, warps; splits of K."""
+    """bm tokens, bn rows, bk bytes of a row of W in each step; stages, warps; splits of K.
+
+    bulk: whether the copy engine of Hopper and later fetches the tiles.
+    """
 
     bm: int
     bn: int
@@ -35,11 +38,15 @@ class Tile:
     stages: int
     warps: int
     split: int
+    bulk: int = 0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides on a tile. kp: padded columns; pack: columns of a block; see pack.py."""
+    """What decides on a tile. kp: padded columns; pack: columns of a block; see pack.py.
+
+    follows: '', 'gated' (a second weight), or what fused.py does: 'pair', 'turned', 'raw'.
+    """
 
     bits: int
     m: int
@@ -47,13 +54,18 @@ class Problem:
     kp: int
     group: int = 0
     pack: int = 128
-    gated: bool = False
+    follows: str = ''
+
+    @property
+    def gated(self) -> bool:
+        """Whether two weights are multiplied side by side."""
+        return self.follows == 'gated'
 
     @property
     def kind(self) -> str:
         """Name in the file."""
         group = f'g{self.group}' if self.group else ''
-        return f'w{self.bits}a8{group}{"-gated" if self.gated else ""}'
+        return f'w{self.bits}a8{group}{self.follows and "-" + self.follows}'
 
     @property
     def row_bytes(self) -> int:
@@ -72,6 +84,11 @@ class Chip:
     def hopper(self) -> bool:
         """Whether its matrix units read shared memory by themselves, and sums are 64 rows wide."""
         return self.name == 'sm_90'
+
+    @property
+    def bulk(self) -> bool:
+        """Whether it has an engine that copies whole tiles."""
+        return self.name in ('sm_90', 'sm_100', 'sm_110', 'sm_120', 'interpreted')
 
     @property
     def shared(self) -> int:
@@ -139,27 +156,35 @@ def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
     """Make a tile runnable: steps divide blocks and groups, stages fit into shared memory."""
     bk = min(tile.bk, widest(problem))
     steps = problem.row_bytes // bk
-    tile = replace(tile, bk=bk, split=max(1, min(tile.split, steps)))
+    # rows are padded to 128, and their scales are read without a mask
+    tile = replace(tile, bn=min(tile.bn, 128), bk=bk, split=max(1, min(tile.split, steps)),
+                   bulk=tile.bulk if chip.bulk else 0)
     while shared_bytes(tile, problem) > chip.shared and tile.stages > 1:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
 
 
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
-    """Tiles worth trying for a shape, for `--tune`: each costs a compilation, so they are few."""
+    """Tiles worth trying for a shape, for `--tune`: each costs a compilation."""
     few = problem.m <= 128
-    first = by_rule(problem, chip)
+    bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
+    shapes = [(bm, 64, 4), (bm, 128, 4), (bm, 128, 8)] if few else [
+        (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (256, 64, 8)]
+    depths = [(64, 4), (128, 3), (128, 4), (256, 2), (256, 3)] if few else [
+        (64, 3), (64, 4), (128, 3), (128, 4)]
     found = []
-    for bn, bk, stages in product((64, 128), (64, 128, 256), (3, 4)):
-        for bm in (first.bm,) if few else (64, 128):
-            programs = -(-problem.n // bn) * -(-problem.m // bm)
-            for split in (1, 2, 4, 8) if few else (1, 2):
-                # more than the chip holds at once only costs the sums, less leaves it idle
-                if split > 1 and not chip.processors <= programs * split <= 4 * chip.processors:
-                    continue
-                tile = Tile(bm, bn, bk, stages, max(first.warps, 4), split)
-                if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= 2:
-                    found.append(tile)
+    for (bm, bn, warps), (bk, stages), bulk in product(shapes, depths, (1, 0)):
+        sums = bm * bn * (2 if problem.gated else 1) // (32 * warps)
+        if sums > 128 or bulk > chip.bulk or (not few and not bulk and (bm, bn) != (128, 128)):
+            continue
+        programs = -(-problem.n // bn) * -(-problem.m // bm)
+        for split in (1, 2, 4, 8) if few else (1, 2):
+            # more than the chip holds at once only costs the sums, less leaves it idle
+            if split > 1 and programs * split > (3 if few else 2.2) * chip.processors:
+                continue
+            tile = Tile(bm, bn, bk, stages, warps, split, bulk)
+            if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= 2:
+                found.append(tile)
     return found
 
 
@@ -168,6 +193,47 @@ def steps_of(tile: Tile, problem: Problem) -> int:
     return problem.row_bytes // tile.bk // tile.split
 
 
-def use_pdl(kind: str, chip: Chip) -> bool:
-    """Whether kernels of a kind announce themselves early to the next one (sm_90 and later)."""
-    return bool(stored().get(chip.name, {}).get('pdl', {}).get(kind, False))
+@dataclass(frozen=True)
+class Early:
+    """In which graphs a launch begins before the one ahead of it has ended (sm_90 and later)."""
+
+    prefix: bool = False
+    loop: bool = False
+
+
+NOWHERE = Early()
+# what fused.py and widen.py offer beyond the kernels that have run on a card
+WAYS = {
+    'pair': 'gate and up in one product, their rows in turns',
+    'turn': 'positions and the cache in the epilogue of queries, keys and values',
+    'raw': 'sums of split products added up by the next norm',
+    'join': 'attention joined with all loads in flight',
+    'widen': '4-bit weights of a prefix made 8-bit ones a layer ahead',
+}
+_asked: set[str] = set()
+
+
+def ask(ways: Iterable[str]) -> None:
+    """Take these ways besides the stored ones, in this process; for the bench and for tests."""
+    wanted = set(ways)
+    if wanted - set(WAYS):
+        raise ValueError(f'no such ways: {", ".join(sorted(wanted - set(WAYS)))}; known are '
+                         + ', '.join(WAYS))
+    _asked.clear()
+    _asked.update(wanted)
+
+
+def asked() -> list[str]:
+    """What `ask` was told, for a process that is to do the same."""
+    return sorted(_asked)
+
+
+def ways(chip: Chip) -> frozenset[str]:
+    """Ways that plans for a chip take: the stored ones, which were measured, and asked ones."""
+    return frozenset(stored().get(chip.name, {}).get('ways', ())) | _asked
+
+
+def early(kind: str, chip: Chip) -> Early:
+    """What was measured to be faster for networks of a kind ('w8a8', 'float')."""
+    graphs = stored().get(chip.name, {}).get('early', {}).get(kind, ())
+    return Early('prefix' in graphs, 'loop' in graphs)

@@ -51,17 +51,34 @@ def emit(
         tl.store(scale + row, tl.where(wild != 0, float('nan'), step))
 
 
-@jit(do_not_specialize=['eps'])
+@jit
+def summed(
+    branch, token_scale, row_scale, row, M, K, column, inside,
+    PARTS: tl.constexpr, ROWS: tl.constexpr,
+):
+    """A token of a product whose splits left their sums (PARTS, M, K)."""
+    b = tl.load(branch + row * K + column, mask=inside, other=0)
+    for part in tl.static_range(1, PARTS):
+        b += tl.load(branch + (part * M + row) * K + column, mask=inside, other=0)
+    b = b.to(tl.float32) * tl.load(token_scale + row)
+    if ROWS:
+        b = b * tl.load(row_scale + column, mask=inside, other=0.0)
+    return b
+
+
+@jit(do_not_specialize=['eps', 'M'])  # noqa: C901  branches of constants
 def tokens(
     x, branch, branch_bias, gate, total, multiply, add, diagonal, hadamard, out, scale, static,
-    x_stride, K, KP, eps,
-    BLOCKS: tl.constexpr, PAIR: tl.constexpr, ACT: tl.constexpr, BRANCH: tl.constexpr,
+    token_scale, row_scale, M, x_stride, K, KP, eps,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, PAIR: tl.constexpr,
+    ACT: tl.constexpr, BRANCH: tl.constexpr,
     BRANCH_BIAS: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, MULTIPLY: tl.constexpr,
     ADD: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
     STATIC: tl.constexpr, CAST: tl.constexpr, PDL: tl.constexpr,
 ):
     """One token; grid (M,). x (M, x_stride): K columns, or 2 K where PAIR (gate, then up).
 
+    PARTS   branch is (PARTS, M, K): raw sums, times the token's and, with ROWS, the row's scale
     total   where x + gate * (branch + branch_bias) is written, in place of x
     NORM    'none', 'rms' or 'layer'; then times multiply, plus add, both float32 (K,)
     """
@@ -77,7 +94,10 @@ def tokens(
         up = tl.load(x + row * x_stride + K + column, mask=inside, other=0.0)
         y = y * up.to(tl.float32)
     if BRANCH:
-        b = tl.load(branch + row * K + column, mask=inside, other=0.0).to(tl.float32)
+        if PARTS:
+            b = summed(branch, token_scale, row_scale, row, M, K, column, inside, PARTS, ROWS)
+        else:
+            b = tl.load(branch + row * K + column, mask=inside, other=0.0).to(tl.float32)
         if BRANCH_BIAS:
             b += tl.load(branch_bias + column, mask=inside, other=0.0).to(tl.float32)
         if GATE:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From checkpoint and frames to an artifact that the policy serves."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from quantvla_ros.policies.sites import libero_vla_sites
 from quantvla_ros.quant.artifact import ArtifactError, read_artifact, read_provenance
 from quantvla_ros.quant.linear import QuantLinear
 from quantvla_ros.quant.simulate import SimulatedLinear
+from quantvla_ros.quant.times import read_times
 
 
 def command(model, frames_path, *more):
@@ -99,6 +102,26 @@ def test_a_budget_is_kept_and_layers_that_run_at_load_are_served(
     off = (make_policy(precision='w4a8').modulation - make_policy().modulation).abs()
     assert 0 < float(off.max()) < 0.02
     assert len(chunks(make_policy(precision='w4a8'), observations[:1])) == 1
+
+
+def test_time_is_spent_by_times_that_are_measured_once(model, frames_path, tmp_path, capsys):
+    path = tmp_path / 'times.json'
+    assert command(model, frames_path, '--budget-ms', '1e6', '--times', str(path)) == 0
+    times = read_times(path)
+    assert all(set(by_width) == {2, 4, 8} for by_width in times.ms.values())
+    wide = read_artifact(model / 'w4a8').layers
+    assert {layer.scheme.weight_bits for layer in wide.values()} == {8}
+    dear = {unit: {2: 1.0, 4: 1.0, 8: 3.0} for unit in times.ms}
+    replace(times, ms=dear).write(path)
+    capsys.readouterr()
+    budget = str(len(dear) + 2.0)  # one unit may be wide
+    assert command(model, frames_path, '--budget-ms', budget, '--times', str(path)) == 0
+    assert f'at their own widths: {len(dear) + 2:.2f} ms' in capsys.readouterr().out
+
+
+def test_bytes_and_time_are_not_spent_at_once(model, frames_path, capsys):
+    assert command(model, frames_path, '--budget', '1', '--budget-ms', '1') == 2
+    assert 'bytes or time, not both' in capsys.readouterr().err
 
 
 def test_a_budget_for_a_recipe_that_spends_none_is_refused(model, frames_path, capsys):

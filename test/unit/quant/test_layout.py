@@ -18,7 +18,14 @@ from quantvla_ros.quant.layout import (
     weight_bytes,
 )
 from quantvla_ros.quant.scheme import FLOAT, parse_scheme
-from quantvla_ros.quant.sensitivity import Unit, demote, mean_bits, sort_rows, total_error
+from quantvla_ros.quant.sensitivity import (
+    Unit,
+    bit_costs,
+    demote,
+    mean_bits,
+    sort_rows,
+    total_error,
+)
 from quantvla_ros.quant.sites import AttentionSite, LinearSite, PolicySites
 
 W4A4 = parse_scheme('w4a4')
@@ -112,7 +119,7 @@ def test_demotion_meets_the_budget_and_is_near_the_best_allocation(table, share)
     units, errors = as_problem(table)
     low, high = (sum(u.size for u in units) * w for w in (2, 8))
     budget = low + share * (high - low)
-    chosen = demote(units, errors, WIDTHS, budget)
+    chosen = demote(bit_costs(units, WIDTHS), errors, WIDTHS, budget)
     held = sum(u.size * chosen[u.name] for u in units)
     assert held <= budget
     best = min(
@@ -128,14 +135,24 @@ def test_demotion_meets_the_budget_and_is_near_the_best_allocation(table, share)
 def test_the_unit_that_hurts_most_keeps_its_bits():
     units = [Unit('sensitive', 10), Unit('dull', 10)]
     errors = {'sensitive': {2: 9.0, 4: 5.0, 8: 0.0}, 'dull': {2: 0.2, 4: 0.1, 8: 0.0}}
-    chosen = demote(units, errors, WIDTHS, budget_bits=100)
+    chosen = demote(bit_costs(units, WIDTHS), errors, WIDTHS, 100)
     assert chosen == {'sensitive': 8, 'dull': 2}
     assert mean_bits(units, chosen) == 5.0
 
 
+def test_a_narrow_width_that_costs_more_than_a_wide_one_is_never_taken():
+    costs = {'slow at 4': {2: 3.0, 4: 5.0, 8: 4.0}, 'slow at 2': {2: 2.0, 4: 1.0, 8: 3.0}}
+    errors = {name: {2: 3.0, 4: 2.0, 8: 0.0} for name in costs}
+    assert demote(costs, errors, WIDTHS, 7.0) == {'slow at 4': 8, 'slow at 2': 8}
+    assert demote(costs, errors, WIDTHS, 5.0) == {'slow at 4': 8, 'slow at 2': 4}
+    assert demote(costs, errors, WIDTHS, 4.0) == {'slow at 4': 2, 'slow at 2': 4}
+    with pytest.raises(ValueError, match='budget is 3.9'):
+        demote(costs, errors, WIDTHS, 3.9)
+
+
 def test_a_budget_below_the_narrowest_width_is_refused():
     with pytest.raises(ValueError, match='even at width 2'):
-        demote([Unit('a', 10)], {'a': {2: 1, 4: 0, 8: 0}}, WIDTHS, 19)
+        demote(bit_costs([Unit('a', 10)], WIDTHS), {'a': {2: 1, 4: 0, 8: 0}}, WIDTHS, 19)
 
 
 @given(bits=st.lists(st.sampled_from([0, 2, 4, 8, 16]), min_size=1, max_size=40))

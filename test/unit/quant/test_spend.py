@@ -11,7 +11,14 @@ from quantvla_ros.quant.layout import layout_bytes, override
 from quantvla_ros.quant.recipes import RECIPES
 from quantvla_ros.quant.scheme import parse_scheme
 from quantvla_ros.quant.sites import LinearSite, PolicySites
-from quantvla_ros.quant.spend import WIDTHS, spend_bytes, uniform_bytes
+from quantvla_ros.quant.spend import (
+    WIDTHS,
+    spend_bytes,
+    spend_ms,
+    spent_ms,
+    uniform_bytes,
+    units_of,
+)
 
 NAMES = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
 
@@ -96,3 +103,38 @@ def test_a_budget_that_nothing_fits_is_refused():
 
 def test_layers_that_run_once_are_left_as_they_are_stored():
     assert spent([1.0] * 21)['time'] == parse_scheme('w8a16')
+
+
+def timed(wide, narrow):
+    """Times of every unit at 8 and at 4 bits; 2 bits are as fast as 4."""
+    names = [site.name for site in sites().linears[:-1]]
+    return {unit: {2: narrow, 4: narrow, 8: wide} for unit in units_of(sites(), names)}
+
+
+def in_time(sizes, ms, budget_ms=0.0):
+    scheme = parse_scheme('w4a4')
+    layout = override(recipe_layout(RECIPES['onboard'], sites(), scheme), {'time': STORED})
+    return spend_ms(sites(), layout, errors(sizes), scheme, ms, budget_ms)
+
+
+def test_where_wide_weights_are_as_fast_they_are_taken():
+    layout = in_time([1.0] * 21, timed(wide=1.0, narrow=1.0))
+    assert {layout[site.name].weight_bits for site in sites().linears[:-1]} == {8}
+
+
+def test_a_larger_time_goes_to_the_layers_that_hurt_most():
+    sizes = [1.0] * 21
+    sizes[10] = 1000.0  # b.1.o_proj
+    ms = timed(wide=3.0, narrow=1.0)
+    assert spent_ms(sites(), in_time(sizes, ms), ms) == len(ms)  # equal widths, nothing to spend
+    layout = in_time(sizes, ms, budget_ms=len(ms) + 2.5)
+    assert spent_ms(sites(), layout, ms) == len(ms) + 2.0
+    assert layout['b.1.o_proj'].weight_bits == 8
+
+
+def test_time_below_that_of_equal_widths_is_refused_where_nothing_is_faster():
+    ms = timed(wide=3.0, narrow=1.0)
+    with pytest.raises(ValueError, match='budget is'):
+        in_time([1.0] * 21, ms, budget_ms=0.9 * len(ms))
+    with pytest.raises(ValueError, match='other layers'):
+        in_time([1.0] * 21, dict(list(ms.items())[1:]))

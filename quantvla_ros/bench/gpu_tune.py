@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time every tile of every shape on this card, and write what is fastest to tiles.json.
+
+Worker processes compile ahead on the other cores and run nothing, so that only the timing
+process uses the card. Shapes come in the order of what they take of a chunk, and the file is
+written after each: a run that is cut keeps what it has. Nothing wrong is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantvla_ros.bench import gpu_attention, gpu_gemm
+from quantvla_ros.bench.gpu_time import Bench, Run, copies, microseconds, relative, tried
+from quantvla_ros.kernels.cuda import launch, launch_fused, tiles
+from quantvla_ros.kernels.cuda.ahead import hollow_weight, pretend
+from quantvla_ros.kernels.cuda.launch import Epilogue, Tokens, Workspace
+from quantvla_ros.kernels.cuda.launch_attention import Split
+from quantvla_ros.kernels.cuda.launch_fused import Turned
+from quantvla_ros.kernels.cuda.pack import DeviceWeight, padded_columns, pair_order
+
+# (tokens, rows, columns, what follows: see tiles.Problem), by what they take of a chunk
+PI05 = (
+    (968, 16384, 2048, 'gated'), (968, 2048, 16384, ''), (50, 4096, 1024, 'gated'),
+    (50, 1024, 4096, ''), (50, 2560, 1024, ''), (50, 1024, 2048, ''),
+    (768, 4304, 1152, ''), (768, 1152, 4304, ''), (768, 3456, 1152, ''),
+    (768, 1152, 1152, ''), (968, 2560, 2048, ''), (968, 2048, 2048, ''),
+    (10, 4096, 1024, 'gated'), (10, 1024, 4096, ''), (10, 2560, 1024, ''),
+    (10, 1024, 2048, ''),
+)
+GROOT = (
+    (49, 4608, 1536, ''), (49, 6144, 1536, ''), (49, 1536, 6144, ''),
+    (49, 1536, 1536, ''), (560, 6144, 2048, 'gated'), (560, 2048, 6144, ''),
+    (560, 4096, 2048, ''), (560, 2048, 2048, ''), (560, 8192, 2048, ''),
+    (560, 2048, 8192, ''), (512, 4304, 1152, ''), (512, 1152, 4304, ''),
+    (512, 3456, 1152, ''), (512, 1152, 1152, ''),
+)
+ALONE = ((1, 4096, 4096, ''), (1, 11008, 4096, ''), (1, 4096, 11008, ''))
+SHAPES = PI05 + GROOT + ALONE
+# where the ways of fused.py are asked for; 'turned': heads of 256, one of keys
+FUSED = {
+    'pair': ((50, 8192, 1024, 'pair'), (968, 32768, 2048, 'pair'), (10, 8192, 1024, 'pair'),
+             (560, 12288, 2048, 'pair')),
+    'turn': ((50, 2560, 1024, 'turned'), (968, 2560, 2048, 'turned'), (10, 2560, 1024, 'turned')),
+    'raw': ((50, 1024, 4096, 'raw'), (50, 1024, 2048, 'raw'), (10, 1024, 4096, 'raw'),
+            (10, 1024, 2048, 'raw'), (49, 1536, 6144, 'raw'), (49, 1536, 1536, 'raw')),
+}
+HEAD = 256
+PART_US = 0.15  # what the norm behind a raw product spends on each split, about
+DRY = ((5, 96, 256, ''),)
+CPU = torch.device('cpu')
+TOGETHER = 4  # tiles that a worker compiles in one task
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product to tune: tokens, rows, columns, kind ('w8a8'), and what follows."""
+
+    m: int
+    n: int
+    k: int
+    kind: str
+    follows: str
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are two weights."""
+        return self.follows == 'gated'
+
+    @property
+    def bits(self) -> int:
+        """Width of a weight."""
+        return gpu_gemm.OURS[self.kind][0]
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale, 0 for a row."""
+        return gpu_gemm.OURS[self.kind][1]
+
+
+def epilogue_of(up: DeviceWeight | None) -> Epilogue:
+    """As in a gated MLP, or nothing."""
+    return Epilogue() if up is None else Epilogue(act='gelu_tanh', up=up)
+
+
+def capability(bench: Bench) -> int:
+    """90 for a Hopper card."""
+    major, minor = torch.cuda.get_device_capability(bench.device)
+    return 10 * major + minor
+
+
+class Call:
+    """One product of a shape as a plan would launch it, with its outputs."""
+
+    def __init__(self, shape: Shape, tile: tiles.Tile, dtype: torch.dtype, device: torch.device,
+                 *, ahead: bool = False) -> None:
+        self.shape, self.tile, self.ahead = shape, tile, ahead
+        n = {'pair': shape.n // 2, 'turned': shape.n - 2 * HEAD}.get(shape.follows, shape.n)
+        self.out = torch.empty(shape.m, n, dtype=dtype, device=device)
+        if shape.follows == 'raw':
+            kind = torch.float32 if shape.group else torch.int32
+            self.out = torch.empty(tile.split, shape.m, n, dtype=kind, device=device)
+        self.workspace = Workspace(device)
+        k, v = (torch.empty(shape.m, HEAD, dtype=dtype, device=device) for _ in range(2))
+        none = torch.zeros(shape.m, HEAD // 2, device=device)
+        self.turn = Turned(1.0 + none, none, k, v, shape.n - 2 * HEAD, shape.n - HEAD,
+                           torch.zeros(1, dtype=torch.int32, device=device))
+
+    def run(self, tokens: Tokens, weight: DeviceWeight, up: DeviceWeight | None) -> None:
+        """Launch, or only compile."""
+        follows = self.shape.follows
+        if follows == 'pair':
+            launch_fused.run_pair(tokens, weight, self.out, 'gelu_tanh', tile=self.tile,
+                                  ahead=self.ahead)
+        elif follows == 'turned':
+            launch_fused.run_turned(tokens, weight, self.out, self.turn, tile=self.tile,
+                                    ahead=self.ahead)
+        elif follows == 'raw':
+            launch_fused.run_raw(tokens, weight, self.out, self.tile, ahead=self.ahead)
+        else:
+            launch.run_product(tokens, weight, self.out, self.workspace, epilogue_of(up),
+                               tile=self.tile, ahead=self.ahead)
+
+    def seen(self, tokens: Tokens, weight: DeviceWeight) -> Tensor:
+        """What came out, as Products.wanted has it."""
+        if self.shape.follows == 'turned':
+            return torch.cat([self.out, self.turn.k_out, self.turn.v_out], 1)
+        if self.shape.follows != 'raw':
+            return self.out
+        assert tokens.scale is not None
+        y = self.out.double().sum(0) * tokens.scale.double()[:, None]
+        return y if self.shape.group else y * weight.scales[0, :self.shape.n].double()
+
+
+class Products:
+    """The products of one shape: operands that rotate, and exact sums to compare with."""
+
+    def __init__(self, shape: Shape, bench: Bench) -> None:
+        self.shape, self.bench = shape, bench
+
+        def weight() -> DeviceWeight:
+            return gpu_gemm.random_weight(shape.bits, shape.group, shape.n, shape.k, bench)
+
+        first = weight()
+        kp = padded_columns(shape.bits, shape.k, shape.group)
+        self.tokens = gpu_gemm.random_tokens(shape.m, shape.k, kp, bench)
+        count = copies(first.nbytes * (2 if shape.gated else 1), bench)
+        self.pairs = [(w, weight() if shape.gated else None)
+                      for w in [first, *(weight() for _ in range(count - 1))]]
+
+    @property
+    def problem(self) -> tiles.Problem:
+        """What a tile is stored for."""
+        return launch.problem_of(self.pairs[0][0], self.shape.m, self.shape.follows)
+
+    def wanted(self) -> Tensor:
+        """What the first pair gives, in float64."""
+        weight, up = self.pairs[0]
+        y = gpu_gemm.exact(self.tokens, weight)
+        if self.shape.follows == 'turned':  # by nothing
+            return y[:, pair_order(self.shape.n, self.shape.n, HEAD).argsort().to(y.device)]
+        if self.shape.follows == 'pair':
+            return torch.nn.functional.gelu(y[:, ::2], approximate='tanh') * y[:, 1::2]
+        if up is None:
+            return y
+        return torch.nn.functional.gelu(y, approximate='tanh') * gpu_gemm.exact(self.tokens, up)
+
+    def time(self, tile: tiles.Tile, wanted: Tensor) -> float:
+        """Microseconds of a tile. Raises RuntimeError where its result is wrong."""
+        call = Call(self.shape, tile, self.bench.dtype, self.bench.device)
+        call.out.fill_(torch.nan if call.out.is_floating_point() else -(1 << 30))
+        call.run(self.tokens, *self.pairs[0])
+        error = relative(call.seen(self.tokens, self.pairs[0][0]), wanted)
+        if error > gpu_gemm.BOUND:
+            raise RuntimeError(f'{self.shape} {tile}: off by {error:.1e}')
+        runs: list[Run] = [partial(call.run, self.tokens, *pair) for pair in self.pairs]
+        parts = tile.split if self.shape.follows == 'raw' else 0
+        return microseconds(runs, self.bench) + PART_US * parts
+
+
+# what the workers do ---------------------------------------------------------------------------
+
+
+def compile_products(shape: Shape, some: list[tiles.Tile]) -> None:
+    """Leave kernels in Triton's cache on disk; one that does not compile is found out later."""
+    weight = hollow_weight(shape.bits, shape.group, shape.n, shape.k)
+    tokens = Tokens(torch.empty(shape.m, weight.padded[1], dtype=torch.int8),
+                    torch.empty(shape.m))
+    for tile in some:
+        with suppress(Exception):
+            Call(shape, tile, torch.bfloat16, CPU, ahead=True).run(
+                tokens, weight, weight if shape.gated else None)
+
+
+def compile_attention(name: str, some: list[Split]) -> None:
+    """The same for attention."""
+    for split in some:
+        with suppress(Exception):
+            gpu_attention.runner(gpu_attention.CASES[name], split, CPU, torch.bfloat16,
+                                 ahead=True)()
+
+
+class Ahead:
+    """A pool of processes that compile, one core left to who times."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.pool = None if bench.dry else ProcessPoolExecutor(
+            max(1, (os.cpu_count() or 2) - 1), mp_context=get_context('spawn'),
+            initializer=pretend, initargs=(capability(bench),))
+
+    def start(self, what: Callable[..., None], which: Any, some: list[Any]) -> list[Future[None]]:
+        """Compile candidates, a few in each task."""
+        if self.pool is None:
+            return []
+        return [self.pool.submit(what, which, some[i:i + TOGETHER])
+                for i in range(0, len(some), TOGETHER)]
+
+    def end(self) -> None:
+        """Give up what has not begun."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def wait(futures: list[Future[None]], bench: Bench) -> bool:
+    """Wait for compilations; whether they ended in time."""
+    for future in futures:
+        left = bench.deadline.left_s() - 5.0
+        if left <= 0:
+            return False
+        _, why = tried(partial(future.result, timeout=left))
+        if why and bench.deadline.left_s() <= 5.0:
+            return False
+    return True
+
+
+# the timing process ----------------------------------------------------------------------------
+
+
+def fastest(
+    candidates: list[Any], time: Callable[[Any], float], bench: Bench
+) -> tuple[Any, float]:
+    """The fastest of what runs and is right, and its microseconds."""
+    best, least, whys = None, float('inf'), []
+    for candidate in candidates:
+        if bench.deadline.left_s() < 5:
+            break
+        value, why = tried(partial(time, candidate))
+        whys += [why] if why else []
+        if not why and value < least:
+            best, least = candidate, value
+    if whys:
+        print(f'    {len(whys)} of {len(candidates)} do not run: {whys[0]}', flush=True)
+    return best, least
+
+
+def shapes(bench: Bench) -> Iterator[Shape]:
+    """By what they take of a chunk; groups last."""
+    table: tuple[tuple[int, int, int, str], ...] = SHAPES
+    if bench.dry or bench.quick:
+        table = DRY if bench.dry else PI05[:6]
+    asked = tiles.ways(launch.chip_of(bench.device))
+    table = tuple(s for way, some in FUSED.items() if way in asked for s in some) + table
+    for kinds in (('w8a8', 'w4a8'), ('w4a8g128',)):
+        for m, n, k, follows in table:
+            for kind in kinds:
+                group = gpu_gemm.OURS[kind][1]
+                if not group or (k % group == 0 and n > 1024):
+                    yield Shape(m, n, k, kind, follows)
+
+
+def tune(bench: Bench, file: Path, *, attention: bool = True) -> None:
+    """Tune until the time is up; a chip's entries in the file are replaced one by one."""
+    chip = launch.chip_of(bench.device)
+    ahead = Ahead(bench)
+    cut = 2 if bench.dry else None
+    names = list(gpu_attention.CASES) if attention and not bench.dry else []
+    splits = {name: gpu_attention.candidates(gpu_attention.CASES[name], chip) for name in names}
+    waiting: dict[Any, tuple[list[Any], list[Future[None]]]] = {}
+    for name in names[:2]:
+        waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])
+    for shape in shapes(bench):
+        problem = _problem(shape, bench)
+        found = [tile for tile in tiles.candidates(problem, chip)
+                 if tile.split == 1 or problem.follows not in ('pair', 'turned')][:cut]
+        waiting[shape] = found, ahead.start(compile_products, shape, found)
+    for name in names[2:]:
+        waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])
+    try:
+        for what, (candidates, futures) in waiting.items():
+            if not wait(futures, bench) or bench.deadline.left_s() < 10:
+                print('  the time is up', flush=True)
+                break
+            entry = (_tune_attention if isinstance(what, str) else _tune_product)(
+                what, candidates, bench)
+            if entry is not None:
+                print('  ' + json.dumps(entry), flush=True)
+                keep(file, chip.name, entry)
+            torch.cuda.empty_cache()
+    finally:
+        ahead.end()
+
+
+def _problem(shape: Shape, bench: Bench) -> tiles.Problem:
+    del bench
+    group = shape.group
+    pack = (2 * group if shape.bits == 4 else group) if group else (
+        256 if shape.k % 256 == 0 else 128)
+    return tiles.Problem(shape.bits, shape.m, shape.n,
+                         padded_columns(shape.bits, shape.k, group), group, pack, shape.follows)
+
+
+def _tune_product(shape: Shape, candidates: list[tiles.Tile], bench: Bench) -> Any:
+    products = Products(shape, bench)
+    wanted = products.wanted()
+    best, least = fastest(candidates, lambda tile: products.time(tile, wanted), bench)
+    if best is None:
+        return None
+    p = products.problem
+    return {'kind': p.kind, 'm': p.m, 'n': p.n, 'k': p.kp, 'tile': list(astuple(best)),
+            'us': round(least, 2), 'tried': len(candidates)}
+
+
+def _tune_attention(name: str, candidates: list[Split], bench: Bench) -> Any:
+    case = gpu_attention.CASES[name]
+    best, least = fastest(candidates, lambda s: gpu_attention.measure(case, s, bench), bench)
+    if best is None:
+        return None
+    rows, keys, heads, groups, width = case
+    return {'rows': rows * heads // groups, 'keys': keys, 'heads': groups, 'width': width,
+            'split': list(astuple(best)), 'us': round(least, 2), 'tried': len(candidates)}
+
+
+def keep(file: Path, chip: str, entry: dict[str, Any]) -> None:
+    """Put an entry in the place of the one for the same shape."""
+    whole = json.loads(file.read_text()) if file.is_file() else {}
+    own = whole.setdefault(chip, {'early': {}, 'tiles': [], 'attention': []})
+    own['source'] = 'quantvla bench gpu --tune'
+    where, names = (('attention', ('rows', 'keys', 'heads', 'width')) if 'split' in entry
+                    else ('tiles', ('kind', 'm', 'n', 'k')))
+    others = [old for old in own.get(where, [])
+              if any(old[name] != entry[name] for name in names)]
+    own[where] = [*others, {k: v for k, v in entry.items() if k != 'tried'}]
+    file.write_text(written(whole))
+
+
+def written(whole: dict[str, Any]) -> str:
+    """A line for each entry."""
+    chips = []
+    for chip, own in whole.items():
+        lists = ',\n'.join(
+            f'  "{name}": [\n' + ',\n'.join(f'   {json.dumps(e)}' for e in own.get(name, ()))
+            + '\n  ]' for name in ('tiles', 'attention'))
+        chips.append(f' "{chip}": {{\n  "source": {json.dumps(own["source"])},\n'
+                     f'  "early": {json.dumps(own.get("early", {}))},\n{lists}\n }}')
+    return '{\n' + ',\n'.join(chips) + '\n}\n'

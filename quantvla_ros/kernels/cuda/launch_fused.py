@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of fused.py as functions of torch tensors; launch.py has the proven ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantvla_ros.kernels.cuda import fused as kernels
+from quantvla_ros.kernels.cuda.launch import (
+    Take,
+    Tokens,
+    blocks_of,
+    cast_of,
+    chip_of,
+    described,
+    language,
+    launched,
+    nothing,
+    problem_of,
+    signs,
+    started,
+    warps_of,
+)
+from quantvla_ros.kernels.cuda.launch_attention import Parts
+from quantvla_ros.kernels.cuda.pack import DeviceWeight
+from quantvla_ros.kernels.cuda.tiles import Tile, choose
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """A product of queries, keys and values, rows in pairs (pack.paired): positions and cache.
+
+    cosine, sine float32 (positions, half); k_out, v_out (capacity, groups * width): rows from
+    length[0] on, or from 0. queries, values: where the rows of keys and of values begin.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    k_out: Tensor
+    v_out: Tensor
+    queries: int
+    values: int
+    length: Tensor | None = None
+
+
+def run_pair(
+    tokens: Tokens, weight: DeviceWeight, out: Tensor, act: str, bias: Tensor | None = None,
+    *, tile: Tile | None = None, pdl: bool = False, ahead: bool = False,
+) -> None:
+    """out (M, N) = act(gate) * up, for a weight of 2 N rows in turns (pack.interleaved)."""
+    _run(tokens, weight, out, 'pair', bias, act=act, tile=tile, pdl=pdl, ahead=ahead)
+
+
+def run_turned(
+    tokens: Tokens, weight: DeviceWeight, q: Tensor, turn: Turned, bias: Tensor | None = None,
+    *, tile: Tile | None = None, pdl: bool = False, ahead: bool = False,
+) -> None:
+    """Queries into q (M, queries), keys and values into the cache."""
+    _run(tokens, weight, q, 'turned', bias, turn=turn, tile=tile, pdl=pdl, ahead=ahead)
+
+
+def run_raw(
+    tokens: Tokens, weight: DeviceWeight, out: Tensor, tile: Tile,
+    *, pdl: bool = False, ahead: bool = False,
+) -> None:
+    """out (splits, M, N) int32, or float32 with groups: the sums of each split."""
+    _run(tokens, weight, out, 'raw', None, tile=tile, pdl=pdl, ahead=ahead)
+
+
+def _run(
+    tokens: Tokens, weight: DeviceWeight, out: Tensor, follows: str, bias: Tensor | None,
+    *, act: str = 'none', turn: Turned | None = None, tile: Tile | None, pdl: bool, ahead: bool,
+) -> None:
+    language()
+    rows, none, n = tokens.data.shape[0], nothing(out.device), weight.shape[0]
+    if not rows:
+        return
+    t = tile or choose(problem_of(weight, rows, follows), chip_of(out.device))
+    if follows != 'raw':
+        t = replace(t, split=1)
+    x, w = tokens.data, weight.data
+    if t.bulk:
+        x, w = described(x, t.bm, t.bk), described(w, t.bn, t.bk)
+    count = -(-rows // t.bm) * -(-n // t.bn)
+    started(kernels.fused, (count, t.split), ahead)(
+        x, tokens.scale, w, weight.scales, bias if bias is not None else none, out,
+        turn.cosine if turn else none, turn.sine if turn else none,
+        turn.length if turn and turn.length is not None else none,
+        turn.k_out if turn else none, turn.v_out if turn else none,
+        rows, n, weight.padded[1], weight.padded[0], out.stride(-2),
+        turn.k_out.stride(-2) if turn else 0, turn.v_out.stride(-2) if turn else 0,
+        BITS=weight.bits, GROUP=weight.group, PACK=weight.pack, ACT=act, BIAS=bias is not None,
+        BM=t.bm, BN=t.bn, BK=t.bk, SPLIT=t.split, BULK=bool(t.bulk), RAW=follows == 'raw',
+        TURN=turn.cosine.shape[-1] if turn else 0, QUERIES=turn.queries if turn else 0,
+        VALUES=turn.values if turn else 0,
+        LENGTH=turn is not None and turn.length is not None, PDL=pdl,
+        num_warps=t.warps, num_stages=t.stages, **launched(pdl),
+    )
+
+
+def run_join_at_once(
+    parts: Parts, split: int, width: int, take: Take, out: Tokens, dtype: torch.dtype,
+    *, pdl: bool = False,
+) -> None:
+    """As launch_attention.run_join, all loads in flight."""
+    language()
+    rows, heads = parts.sums.shape[1:]
+    none = nothing(parts.values.device)
+    started(kernels.join_at_once, (rows,), False)(
+        parts.values, parts.sums, parts.largest,
+        take.diagonal if take.diagonal is not None else none, signs(parts.values.device),
+        out.data, out.scale if out.scale is not None else none,
+        take.static if take.static is not None else none, rows, heads * width,
+        out.data.stride(0), BLOCKS=blocks_of(out.data.stride(0)), D=width, HEADS=heads,
+        SPLIT=split, TOP=take.top, DIAGONAL=take.diagonal is not None, ROTATE=take.rotate,
+        STATIC=take.static is not None, CAST=cast_of(dtype), PDL=pdl,
+        num_warps=2 * warps_of(heads * width), enable_fp_fusion=False, **launched(pdl),
+    )
