@@ -8,6 +8,7 @@ leaves for the wire. Afterwards the same span without swaps, in the same process
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import tempfile
@@ -48,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help='chunks that prove a new precision (default 1)')
     parser.add_argument('--baseline', type=float, default=0.0, metavar='SECONDS',
                         help='length of the baseline; 0 takes as long as the swaps took')
+    parser.add_argument('--in-process', action='store_true',
+                        help='load and run policies in the node itself (policy_process: false)')
     parser.add_argument('--camera-rate', type=float, default=10.0, help='pictures per second')
     parser.add_argument('--json', type=Path, help='write every figure to this file')
 
@@ -74,11 +77,31 @@ def tapped(process: Process, out: Path, args: argparse.Namespace) -> Process:
     """Replace the policy node by the one that notes its commands."""
     import sys
 
-    parameters = {**process.parameters, 'swap.good_chunks': args.good_chunks}
+    parameters = {**process.parameters, 'swap.good_chunks': args.good_chunks,
+                  'policy_process': not args.in_process}
     given = replace(process, parameters=parameters)
     command = (sys.executable, '-u', '-m', 'quantvla_ros.bench.swap_node', str(out),
                *given.ros_arguments())
     return replace(given, command=command)
+
+
+def memory_mb(pid: int) -> float:
+    """Return what a process and all that it started hold, shared pages counted once."""
+    parents = {}
+    for entry in Path('/proc').iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                fields = (entry / 'stat').read_text().rsplit(')', 1)[1].split()
+                parents[int(entry.name)] = int(fields[1])
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    held = 0
+    for member in family:
+        with contextlib.suppress(OSError):
+            for line in Path(f'/proc/{member}/smaps_rollup').read_text().splitlines():
+                held += 1024 * int(line.split()[1]) if line.startswith('Pss:') else 0
+    return held / 1e6
 
 
 class Watch:
@@ -120,7 +143,8 @@ class Watch:
         return {'ns': time.monotonic_ns(), 'missed': policy['tick']['missed'],
                 'ticks': policy['tick']['ticks'], 'stops': dict(self.stops),
                 'p95_ms': policy['inference']['p95_ms'],
-                'counts': dict(policy['swap']['counts']), **usage(self.pid)}
+                'counts': dict(policy['swap']['counts']), **usage(self.pid),
+                'memory_mb': memory_mb(self.pid)}
 
 
 def cycle(watch: Watch, names: list[str], swaps: int) -> list[Figures]:
@@ -179,25 +203,20 @@ def judge(path: Path, begin: Figures, end: Figures) -> Figures:
     checker = WireChecker(*(data[name] for name in ('lower', 'upper', 'velocity',
                                                     'acceleration')))
     inside = (times[:, 0] >= begin['ns']) & (times[:, 0] <= end['ns'])
-    streams = np.diff(times[:, 2], prepend=times[0, 2] - 1) != 0
-    judged, kinds = 0, dict.fromkeys(checker.violations, 0)
-    for index in range(len(times)):  # all of them, for a stream may have begun before the span
-        before = dict(checker.violations)
-        fresh = positions[index] if streams[index] else None
-        checker.command(int(times[index, 1]), positions[index], scale=1.0, start_pose=fresh)
-        if inside[index]:
-            judged += 1
-            kinds = {kind: kinds[kind] + checker.violations[kind] - before[kind] for kind in kinds}
+    # all of them are judged, for a stream may have begun before the span
+    broken = [kinds for kinds, within in zip(checker.judge(times, positions), inside, strict=True)
+              if within]
+    kinds = {kind: sum(each[kind] for each in broken) for kind in checker.violations}
     times = times[inside]
     steps = np.diff(times[:, 0])[np.diff(times[:, 2]) == 0] / 1e6
     return {
         'seconds': (end['ns'] - begin['ns']) / 1e9,
-        'commands': judged, 'violations': sum(kinds.values()), 'kinds': kinds,
+        'commands': len(broken), 'violations': sum(kinds.values()), 'kinds': kinds,
         'longest_gap_ms': float(steps.max()),
         'gaps': int(np.count_nonzero(steps > 2e3 * PERIOD_S)),
         'missed': end['missed'] - begin['missed'], 'ticks': end['ticks'] - begin['ticks'],
         'stops': dict(Counter(end['stops']) - Counter(begin['stops'])),
-        'rss_mb': [begin['rss_mb'], end['rss_mb']],
+        'memory_mb': [begin['memory_mb'], end['memory_mb']],
         'threads': [begin['threads'], end['threads']], 'files': [begin['files'], end['files']],
     }
 
@@ -208,7 +227,7 @@ def show(name: str, found: Figures) -> None:
           f'{found["violations"]} violations; ticks missed {found["missed"]} of '
           f'{found["ticks"]}; gaps over 20 ms {found["gaps"]}, longest '
           f'{found["longest_gap_ms"]:.1f} ms; stops {found["stops"] or "none"}; memory '
-          f'{found["rss_mb"][0]:.0f} -> {found["rss_mb"][1]:.0f} MB')
+          f'{found["memory_mb"][0]:.0f} -> {found["memory_mb"][1]:.0f} MB')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ class Tap:
     """Notes (steady ns when it left, steady ns it was limited by, starts so far, positions)."""
 
     def __init__(self, serving: Serving) -> None:
-        self._serving = serving
+        self.serving = serving
         self._publish = serving.commands.publish
         self.times = np.ones((ROWS, 3), np.int64)
         self.positions = np.ones((ROWS, len(serving.contract.action.joints)))
@@ -34,7 +34,7 @@ class Tap:
         """Publish, and note what was published."""
         self._publish(positions, velocities)
         if self.count < ROWS:
-            guard = self._serving.guard
+            guard = self.serving.guard
             starts = guard.counts['starts']
             self.times[self.count] = time.monotonic_ns(), guard.commanded_ns, starts
             self.positions[self.count] = positions
@@ -42,7 +42,7 @@ class Tap:
 
     def write(self, path: Path) -> None:
         """Write everything, with the limits that held."""
-        limiter = self._serving.limiter
+        limiter = self.serving.limiter
         np.savez(path, times=self.times[:self.count], positions=self.positions[:self.count],
                  lower=limiter.lower, upper=limiter.upper, velocity=limiter.velocity,
                  acceleration=limiter.acceleration)

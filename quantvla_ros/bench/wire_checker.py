@@ -105,5 +105,20 @@ class WireChecker:
         self._note('acceleration', np.abs(rate) / self.acceleration)
         self._speed, self._step_s = speed, step_s
 
+    def judge(self, times: np.ndarray, positions: np.ndarray) -> list[Counter[str]]:
+        """Judge what a Tap has noted at full speed scale; return what each command broke.
+
+        times: (commands, 3) ns when it left, ns it was limited by, starts so far; a stream begins
+        where that number changes, at whatever pose. positions: (commands, joints).
+        """
+        fresh = np.diff(times[:, 2], prepend=-1) != 0
+        found = []
+        for index, pose in enumerate(positions):
+            before = self.violations.copy()
+            self.command(int(times[index, 1]), pose, scale=1.0,
+                         start_pose=pose if fresh[index] else None)
+            found.append(self.violations - before)
+        return found
+
     def _note(self, kind: str, shares: np.ndarray) -> None:
         self.nearest[kind] = max(self.nearest[kind], float(shares.max()))

@@ -36,6 +36,7 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.policies.libero_checkpoint import read_settings
 from quantvla_ros.policies.libero_quantized import find_artifact
+from quantvla_ros.priority import set_session_nice
 from quantvla_ros.quant.calibrated import FOLDER, NEWEST, write_calibration
 from quantvla_ros.quant.gate import GateLimits, refuse
 from quantvla_ros.quant.scheme import NAME
@@ -100,6 +101,7 @@ def step_back(nice: int) -> None:
     if not 0 <= nice <= 19:
         raise ValueError(f'nice is {nice}; expected 0 to 19')
     os.nice(max(0, nice - os.nice(0)))
+    set_session_nice(nice)
     if nice == 19 and hasattr(os, 'SCHED_IDLE'):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 

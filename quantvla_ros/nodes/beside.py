@@ -19,7 +19,7 @@ from quantvla_ros.control.limits import JointLimiter
 from quantvla_ros.nodes.collector import COLLECTOR
 from quantvla_ros.nodes.handover import Kept, answer
 from quantvla_ros.nodes.inference import InferenceThread, Job
-from quantvla_ros.policies.base import Policy
+from quantvla_ros.policies.base import Policy, PolicyFailedError
 
 REFERENCE_S = 60.0  # how long the trial waits for the running policy's answer
 
@@ -85,7 +85,7 @@ class Beside:
     ) -> None:
         # Not nice at all: it holds the interpreter for moments, and a thread that loses its core
         # meanwhile keeps the control thread waiting, whatever the priority of that one.
-        self._thread = InferenceThread('inference loader', niceness=0)
+        self.thread = InferenceThread('inference loader', niceness=0)
         self._report, self._reference, self._on_trouble = report, reference, on_trouble
         self._turn = 0  # counts loads and cancels; a load of an older turn is given up
         self.trial: Trial | None = None  # of the last load
@@ -96,7 +96,7 @@ class Beside:
         """Make a policy, try it, and hand it to offer in a box; reports what comes of it."""
         self._turn += 1
         turn = self._turn
-        self._thread.submit(lambda: self._load(turn, make, trial, offer))
+        self.thread.submit(lambda: self._load(turn, make, trial, offer))
 
     def cancel(self) -> None:
         """Give up the load that runs, between two of its steps."""
@@ -104,12 +104,12 @@ class Beside:
 
     def free(self, box: list[Any]) -> None:
         """Drop what is in the box, the last reference to it, in the loader's thread."""
-        self._thread.submit(box.clear)
+        self.thread.submit(box.clear)
 
     def close(self, timeout_s: float) -> bool:
         """Give up and end the thread; False when it is in the midst of a step."""
         self.cancel()
-        return self._thread.close(timeout_s)
+        return self.thread.close(timeout_s)
 
     def _load(
         self, turn: int, make: Callable[[], Policy], trial: Trial,
@@ -131,6 +131,8 @@ class Beside:
             self._report('failed', 'refused', str(error))
         except MemoryError:
             self._report('failed', 'memory', 'the memory ran out while it was loaded')
+        except PolicyFailedError as error:
+            self._report('failed', 'raised', str(error))
         except Exception as error:  # a border: a bug of a policy must not end the thread
             self._on_trouble(f'loading met a bug:\n{traceback.format_exc()}')
             self._report('failed', 'raised', f'it raised {type(error).__name__}: {error}')

@@ -8,7 +8,6 @@ counted and left out, for two commands at once would be a jump.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import traceback
@@ -16,6 +15,7 @@ from collections.abc import Callable
 
 from quantvla_ros.action import NS_PER_S
 from quantvla_ros.control.latency import LatencyFigures, LatencyTracker
+from quantvla_ros.priority import set_thread_realtime
 
 
 class ControlThread:
@@ -52,17 +52,9 @@ class ControlThread:
         """Return how late ticks began, over the last minute at 100 Hz."""
         return self._lateness.figures()
 
-    def _ask_for_priority(self) -> None:
-        """Ask for SCHED_FIFO for this thread alone; most systems grant it only by rtprio."""
-        try:
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(self._priority))
-            self.realtime = True
-        except (OSError, AttributeError):
-            self.realtime = False
-
     def _run(self) -> None:
         if self._priority:
-            self._ask_for_priority()
+            self.realtime = set_thread_realtime(self._priority)
         due_ns = time.monotonic_ns() + self._period_ns
         while not self._stop.is_set():
             wait_ns = due_ns - time.monotonic_ns()

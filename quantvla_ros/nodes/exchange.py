@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from quantvla_ros.contract import Contract
 from quantvla_ros.control.guard import Guard
 from quantvla_ros.control.limits import JointLimiter
 from quantvla_ros.control.types import State
@@ -19,10 +18,11 @@ from quantvla_ros.nodes import settings
 from quantvla_ros.nodes.beside import Beside, Trial
 from quantvla_ros.nodes.handover import Kept
 from quantvla_ros.nodes.inference import Inference, InferenceThread, Job
+from quantvla_ros.nodes.making import Maker
 from quantvla_ros.nodes.room import available_bytes, room_problem
 from quantvla_ros.nodes.swap import Action, Stage, Swap, Wish
 from quantvla_ros.observation import Observation
-from quantvla_ros.policies.base import Policy, Prospect, look_ahead, make_policy
+from quantvla_ros.policies.base import Policy, PolicySettings, Prospect
 
 LOADED = ('precision', 'calibration')  # parameters whose change is a wish
 
@@ -35,21 +35,19 @@ def wish_of(values: Any) -> Wish:
 class Admission:
     """What must hold before a precision may run. Raises ValueError with a sentence."""
 
-    def __init__(self, name: str, contract: Contract, values: dict[str, Any]) -> None:
-        self._name, self._contract, self._values = name, contract, values
+    def __init__(self, maker: Maker, values: dict[str, Any]) -> None:
+        self.maker, self._values = maker, values
 
     def look(self, wish: Wish) -> Prospect:
         """Return what is known of a wish before anything is loaded."""
-        return look_ahead(self._name, self._contract, self._settings(wish, self._values))
+        return self.maker.look(self._settings(wish))
 
     def doubt(self, wish: Wish) -> str:
         """Return what the gate says against a wish, '' for nothing."""
-        prospect = self.look(wish)
-        if prospect.artifact is None:
+        artifact = self.look(wish).artifact
+        if artifact is None:
             return ''
-        from quantvla_ros.quant.gate import gate
-
-        return gate(prospect.artifact, wish.calibration, settings.gate_limits(self._values))
+        return self.maker.doubt(artifact, wish.calibration, settings.gate_limits(self._values))
 
     def check(self, wish: Wish) -> None:
         """Refuse what the gate keeps out."""
@@ -64,24 +62,17 @@ class Admission:
         if problem:
             raise ValueError(problem)
 
-    def make(self, wish: Wish, *, commands: bool = True) -> Policy:
+    def make(self, wish: Wish, *, commands: bool = True, nice: int = 0) -> Policy:
         """Check and make a policy; in a thread that may take its time.
 
         commands: the gate keeps no policy from answering that only shadows another.
         """
-        values = dict(self._values)
         if commands:
             self.check(wish)
-        policy = make_policy(self._name, self._contract, self._settings(wish, values))
-        artifact = self.look(wish).artifact
-        if artifact is not None:
-            from quantvla_ros.quant.artifact import verify_artifact
+        return self.maker.make(self._settings(wish), nice)
 
-            verify_artifact(artifact)
-        return policy
-
-    def _settings(self, wish: Wish, values: dict[str, Any]) -> Any:
-        found = settings.policy_settings(values)
+    def _settings(self, wish: Wish) -> PolicySettings:
+        found = settings.policy_settings(self._values)
         return replace(found, precision=wish.precision, calibration=wish.calibration)
 
 
@@ -123,7 +114,7 @@ class Exchange:
 
     def make_shadow(self, precision: str) -> Policy:
         """Make a policy that commands nothing; in the loader's thread."""
-        return self._admission.make(Wish(precision), commands=False)
+        return self._admission.make(Wish(precision), commands=False, nice=self._nice())
 
     def status(self) -> dict[str, Any]:
         """Return what ~/status tells of swaps."""
@@ -177,8 +168,12 @@ class Exchange:
             self._thread.submit(lambda: handover.take_over(box, good, found))
 
         self.beside.load(
-            lambda: self._admission.make(wish),
+            lambda: self._admission.make(wish, nice=self._nice()),
             Trial(self._limiter, bound, values['warmup'], budget_s), offer)
+
+    def _nice(self) -> int:
+        """Return the priority of a load: nothing waits for it but in a hold."""
+        return 0 if self._values['swap.mode'] == 'hold' else int(self._values['swap.nice'])
 
     def _hold(self, *, moving: bool) -> None:
         self._resume, self._leaving = moving, False

@@ -8,8 +8,6 @@ executes; the control thread asks with a call that never waits.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
 import threading
 import time
@@ -27,7 +25,8 @@ from quantvla_ros.control.player import ChunkPlayer
 from quantvla_ros.decode import DecodeError
 from quantvla_ros.nodes.handover import Handover, Kept
 from quantvla_ros.nodes.origin import Origin
-from quantvla_ros.policies.base import DeviceError
+from quantvla_ros.policies.base import DeviceError, PolicyFailedError
+from quantvla_ros.priority import set_thread_nice
 
 if TYPE_CHECKING:
     from quantvla_ros.nodes.shadow import Shadow
@@ -83,16 +82,8 @@ class InferenceThread:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def _yield_to_others(self) -> None:
-        """Let the threads that hear inputs go first when all cores are busy.
-
-        On Linux this is for this thread and those that it starts, such as a pool of the policy.
-        """
-        with contextlib.suppress(OSError, AttributeError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
-
     def _serve(self) -> None:
-        self._yield_to_others()
+        set_thread_nice(self._niceness)  # threads that hear inputs go first when cores are busy
         while True:
             job = self._jobs.get()
             if job is None:
@@ -197,6 +188,9 @@ class Inference:
         except DeviceError as error:
             self.on_trouble(str(error))
             self._failed(episode, 'device_failed', str(error))
+            return
+        except PolicyFailedError as error:
+            self._failed(episode, 'policy_raised', f'the policy failed: {error}')
             return
         except Exception as error:  # a border: a bug of a policy must not end the thread
             self.on_trouble(f'the policy raised:\n{traceback.format_exc()}')

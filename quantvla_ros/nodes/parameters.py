@@ -79,6 +79,9 @@ POLICY_NODE: tuple[Parameter, ...] = (
               "Denoising steps of one inference; 0 takes the policy's own.", 0, 100),
     Parameter('threads', 0, '', CONFIGURE,
               'Threads of the kernels; 0 lets them choose.', 0, 256),
+    Parameter('policy_process', True, '', CONFIGURE,
+              'Give each policy a process of its own, so that loading, inference and crashes hold '
+              'up no control tick; false keeps it in the node.'),
     Parameter('seed', 0, '', CONFIGURE,
               'Seed of the first inference; each further one adds 1.', 0, 2**31 - 1),
     Parameter('warmup', 2, '', CONFIGURE,
@@ -180,6 +183,9 @@ POLICY_NODE: tuple[Parameter, ...] = (
     Parameter('swap.max_difference_m', 0.05, 'm', LIVE,
               'The same for sliding joints; a gripper that opens or closes is not judged.',
               0.0001, 10.0),
+    Parameter('swap.nice', 19, '', LIVE,
+              'Priority at which a policy with a process of its own is loaded beside the running '
+              'one: 0 normal, 19 only what the others leave.', 0, 19),
     Parameter('swap.reserve_mb', 200, 'MB', LIVE,
               'Memory that must stay free beside a second policy.', 0, 1000000),
     Parameter('shadow', '', '', LIVE,

@@ -29,13 +29,15 @@ from quantvla_ros.nodes.commands import joint_order
 from quantvla_ros.nodes.control_thread import ControlThread
 from quantvla_ros.nodes.exchange import Admission, Exchange, wish_of
 from quantvla_ros.nodes.handover import Handover
-from quantvla_ros.nodes.inference import Inference, InferenceThread
+from quantvla_ros.nodes.inference import NICENESS, Inference, InferenceThread
 from quantvla_ros.nodes.inputs import Inputs
+from quantvla_ros.nodes.making import LocalMaker, Maker
 from quantvla_ros.nodes.shadow import Shadowing
 from quantvla_ros.nodes.swap import Wish
 from quantvla_ros.nodes.wire import CommandPublisher
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy
+from quantvla_ros.priority import set_thread_realtime
 
 Wait = Callable[[Callable[[], bool], float], bool]
 LOAD_TIMEOUT_S = 3600.0
@@ -86,6 +88,7 @@ class Serving:
         self.exchange: Exchange | None = None
         self.shadowing: Shadowing | None = None
         self.control: ControlThread | None = None
+        self._maker: Maker | None = None
         self._moving = False
         self.faults: list[Fault] = []  # of the last tick, for diagnostics
         self._columns = joint_order(contract.joints.names, contract.action.joints)
@@ -102,7 +105,9 @@ class Serving:
         self._undo.append(self.commands.destroy)
         self.inputs = Inputs(node, self.contract, self.builder)
         self._undo.append(self.inputs.destroy)
-        self.thread = InferenceThread()
+        # Where a policy has a process of its own, this thread only waits and must not be late.
+        isolated = self.values['policy_process']
+        self.thread = InferenceThread(niceness=0 if isolated else NICENESS)
         self._undo.append(lambda: self.thread.close(timeout_s=1.0))
 
     def listen(self) -> None:
@@ -113,7 +118,8 @@ class Serving:
     def load_policy(self, wait: Wait) -> None:
         """Make the policy and warm it up in the inference thread; hears a request to stop."""
         name, wish = self.values['policy'] or self.contract.policy, wish_of(self.values)
-        admission = Admission(name, self.contract, self.values)
+        maker = self._maker = self._make_maker(name)
+        admission = Admission(maker, self.values)
         job = self.thread.submit(lambda: self._warmed_up(admission.make(wish)))
         wait(job.done.is_set, LOAD_TIMEOUT_S)
         policy = job.value()
@@ -138,6 +144,14 @@ class Serving:
         if self.values['shadow']:
             shadow = self.values['shadow']
             self.shadowing.request(shadow, lambda: exchange.make_shadow(shadow))
+
+    def _make_maker(self, name: str) -> Maker:
+        """Return what makes policies: in this process, or in processes of their own."""
+        if not self.values['policy_process']:
+            return LocalMaker(name, self.contract)
+        from quantvla_ros.nodes.isolated import PolicyServer
+
+        return PolicyServer(name, self.contract, self.values['contract'])
 
     def _warmed_up(self, policy: Policy) -> Policy:
         observation = self.example()
@@ -196,7 +210,22 @@ class Serving:
         self.control = ControlThread(
             self.tick, self.contract.controller.rate_hz, self.values['control_priority']
         )
+        self._hold_the_core(1)
         self.control.start()
+
+    def _hold_the_core(self, priority: int) -> None:
+        """Keep the threads that hold the interpreter from losing their core while they hold it.
+
+        Else a busy machine keeps the control thread waiting for them, whatever its own priority.
+        Only beside a control thread that asks too, and for threads that compute no chunk.
+        """
+        if not self.values['control_priority']:
+            return
+        set_thread_realtime(priority)
+        if self.values['policy_process']:
+            assert self.exchange is not None and self.shadowing is not None, 'serving'
+            for thread in (self.thread, self.exchange.beside.thread, self.shadowing.beside.thread):
+                thread.submit(lambda: set_thread_realtime(priority))
 
     def enable(self) -> None:
         """Start moving from the measured pose. Raises ValueError with a sentence."""
@@ -317,12 +346,15 @@ class Serving:
             time.sleep(0.002)
         self.control.stop()
         self.control = None
+        self._hold_the_core(0)
         if self.inference is not None:
             self.inference.cancel()
 
     def end(self) -> bool:
         """Give everything back; False when the inference thread hangs and was left behind."""
         self.halt()
+        if self._maker is not None:
+            self._maker.close()  # first: whoever waits for a policy's process comes back
         ended = True
         while self._undo:
             ended = self._undo.pop()() is not False and ended

@@ -45,11 +45,10 @@ def drift_settings(values: Values) -> DriftSettings:
     return DriftSettings(**_group(DriftSettings, 'drift.', values))
 
 
-def gate_limits(values: Values) -> Any:
-    """Return gate.* as the quant.gate.GateLimits they are; imports torch, so only when asked."""
-    from quantvla_ros.quant.gate import GateLimits
-
-    return GateLimits(**_group(GateLimits, 'gate.', values))
+def gate_limits(values: Values) -> dict[str, Any]:
+    """Return gate.* by the names of quant.gate.GateLimits, which imports torch."""
+    return {name: values[f'gate.{name}'] for name in ('mean_ratio', 'worst_ratio',
+                                                      'needs_evidence')}
 
 
 def inference_settings(values: Values, contract: Contract) -> InferenceSettings:

@@ -95,7 +95,7 @@ class Shadowing:
         self.told: Told = lambda found, stamp_ns: None
         self.on_trouble: Callable[[str], None] = lambda text: None
         self._reports: deque[tuple[str, ...]] = deque()
-        self._beside = Beside(
+        self.beside = Beside(
             lambda *words, **_: self._reports.append(words), reference,
             lambda text: self.on_trouble(text))
         self.wish = self.running = self.trouble = ''
@@ -108,7 +108,7 @@ class Shadowing:
         self.wish, self.running, self.trouble = name, '', ''
         self._turn += 1
         turn = self._turn
-        self._beside.cancel()
+        self.beside.cancel()
         self._thread.submit(self._drop)
         if not name:
             return
@@ -118,7 +118,7 @@ class Shadowing:
         def offer(box: list[Any]) -> None:
             self._thread.submit(lambda: self._begin(turn, name, box, trial.latency_s))
 
-        self._beside.load(make, trial, offer)
+        self.beside.load(make, trial, offer)
 
     def step(self) -> None:
         """Take in what the threads have told."""
@@ -143,13 +143,13 @@ class Shadowing:
 
     def close(self) -> bool:
         """Give up what is being loaded; False when the loader is in the midst of a step."""
-        return self._beside.close(timeout_s=2.0)
+        return self.beside.close(timeout_s=2.0)
 
     # in the inference thread ---------------------------------------------------------------
 
     def _begin(self, turn: int, name: str, box: list[Any], latency_s: float) -> None:
         if turn != self._turn:
-            self._beside.free(box)
+            self.beside.free(box)
             return
         self._inference.shadow = Shadow(
             name, box.pop(), self._limiter, latency_s, lambda *found: self.told(*found),
@@ -159,4 +159,4 @@ class Shadowing:
     def _drop(self) -> None:
         box: list[Any] = [self._inference.shadow]
         self._inference.shadow = None
-        self._beside.free(box)
+        self.beside.free(box)

@@ -23,6 +23,10 @@ class DeviceError(RuntimeError):
     """The accelerator failed; no later call on it can succeed in this process."""
 
 
+class PolicyFailedError(RuntimeError):
+    """A bug of a policy in another process, which logged its traceback, or the end of that one."""
+
+
 @dataclass(frozen=True)
 class PolicySettings:
     """What a policy is made with; a policy ignores what does not concern it.

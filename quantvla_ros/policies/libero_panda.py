@@ -19,7 +19,6 @@ from torch import Tensor
 
 from quantvla_ros.action import NS_PER_S, ActionChunk
 from quantvla_ros.contract import Contract
-from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies import flow
 from quantvla_ros.policies.base import PolicySettings, Prospect
@@ -28,6 +27,7 @@ from quantvla_ros.policies.libero_looks import HEAD, Seen, hooked
 from quantvla_ros.policies.libero_program import ChunkProgram, RecordedContext
 from quantvla_ros.policies.libero_quantized import find_artifact, read_quantized
 from quantvla_ros.policies.libero_vla import Context, LiberoVlaNet
+from quantvla_ros.policies.threads import take_threads
 from quantvla_ros.quant.calibrated import NEWEST, Calibration, find_calibration
 from quantvla_ros.quant.linear import denoising_step
 from quantvla_ros.resources import share_path
@@ -200,8 +200,7 @@ class LiberoVla:
         record: bool = False,
     ) -> None:
         if settings.threads:
-            torch.set_num_threads(settings.threads)
-            dispatch.set_threads(settings.threads)
+            take_threads(settings.threads)
         if settings.device != 'cpu':
             torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as on the CPU
         self.contract = contract

@@ -17,10 +17,9 @@ import torch
 
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import Contract
-from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.agreement import read_agreement
-from quantvla_ros.policies.base import PolicySettings
+from quantvla_ros.policies.base import PolicySettings, Prospect
 from quantvla_ros.policies.door import Door
 from quantvla_ros.policies.folders import identify
 from quantvla_ros.policies.loading import DTYPES, Install, install
@@ -31,6 +30,8 @@ from quantvla_ros.policies.openvla_folder import (
     openvla_network,
     read_statistics,
 )
+from quantvla_ros.policies.prospect import folder_prospect
+from quantvla_ros.policies.threads import take_threads
 from quantvla_ros.policies.tokenizers import load_tokenizer, openvla_prompt
 
 EMPTY = '\u2581'  # the empty word that stands before every action
@@ -52,8 +53,7 @@ class OpenVlaPolicy:
         self, contract: Contract, settings: PolicySettings, install: Install = install
     ) -> None:
         if settings.threads:
-            torch.set_num_threads(settings.threads)
-            dispatch.set_threads(settings.threads)
+            take_threads(settings.threads)
         self.contract = contract
         agreement = read_agreement(contract)
         folder = identify(Path(settings.model).expanduser())
@@ -75,6 +75,12 @@ class OpenVlaPolicy:
         self.door = Door(contract, agreement, (), state, action)
         self.tokenizer = load_tokenizer(folder.path, agreement.tokenizer, 'openvla')
         self.origin = install(stored, folder, settings.precision, settings.device)
+
+    @classmethod
+    def look_ahead(cls, contract: Contract, settings: PolicySettings) -> Prospect:
+        """Tell what would be read: see policies.base.look_ahead."""
+        del contract
+        return folder_prospect(settings)
 
     def words(self, instruction: str) -> list[int]:
         """Begin mark, question, and the empty word before the answer."""

@@ -19,14 +19,15 @@ from torch import Tensor
 
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import Contract
-from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies import flow, rtc
 from quantvla_ros.policies.agreement import read_agreement
-from quantvla_ros.policies.base import PolicySettings
+from quantvla_ros.policies.base import PolicySettings, Prospect
 from quantvla_ros.policies.door import Door
 from quantvla_ros.policies.folders import Served, identify
 from quantvla_ros.policies.loading import PLANNED, Install, dtype_of, fixed_times, install
+from quantvla_ros.policies.prospect import folder_prospect
+from quantvla_ros.policies.threads import take_threads
 from quantvla_ros.quant.linear import denoising_step
 
 # family -> 'module:function' that reads a folder of it
@@ -65,8 +66,7 @@ class FlowPolicy:
         if not settings.model:
             raise ValueError('model is empty; name the folder of a checkpoint')
         if settings.threads:
-            torch.set_num_threads(settings.threads)
-            dispatch.set_threads(settings.threads)
+            take_threads(settings.threads)
         agreement = read_agreement(contract)
         folder = identify(Path(settings.model).expanduser())
         if folder.family not in OPENERS:
@@ -93,6 +93,12 @@ class FlowPolicy:
             self.engine = CudaEngine(
                 folder.family, self.model, self.conditions, device=self.device, dtype=self.dtype,
                 words=int(folder.config.get('tokenizer_max_length', 0)))
+
+    @classmethod
+    def look_ahead(cls, contract: Contract, settings: PolicySettings) -> Prospect:
+        """Tell what would be read: see policies.base.look_ahead."""
+        del contract
+        return folder_prospect(settings)
 
     @torch.inference_mode()
     def prepare(self, observation: Observation) -> Prepared:

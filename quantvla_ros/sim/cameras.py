@@ -113,6 +113,7 @@ class CameraLoop:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name='cameras', daemon=True)
         self.pictures = 0
+        self._shown: mujoco.MjModel | None = None  # of the newest picture
 
     def start(self) -> None:
         """Start rendering."""
@@ -123,6 +124,19 @@ class CameraLoop:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+
+    def wait_for(self, model: mujoco.MjModel, timeout_s: float) -> bool:
+        """Wait until a picture of this scene was delivered; at once where none is wanted.
+
+        A new scene's GL context holds the interpreter for a second and more, in which the robot is
+        silent: who starts an episode waits here, so that the silence is over when it begins.
+        """
+        end = time.monotonic() + timeout_s
+        while self._thread.is_alive() and self._wanted() and self._shown is not model:
+            if time.monotonic() > end:
+                return False
+            time.sleep(IDLE_S)
+        return True
 
     def _run(self) -> None:
         try:
@@ -149,4 +163,5 @@ class CameraLoop:
             return
         picture = self._rig.render(snapshot, [name])[name]
         self._deliver(name, picture, snapshot.stamp_ns)
+        self._shown = snapshot.model
         self.pictures += 1

@@ -45,6 +45,7 @@ from quantvla_ros.sim.urdf import JOINTS, optical_frame, robot_description
 
 STATE_SIZE = 128  # numbers in ~/state: qpos padded with zeros, since tasks differ in size
 STATE_HZ = 20.0  # of ~/state, and of what is sent again while lockstep waits
+FIRST_PICTURE_S = 20.0  # of a new scene, on a machine that does much else
 EPISODE_PERIOD_S = 1.0  # ~/episode at least this often, in simulated time
 SIM_TIME_START_NS = NS_PER_S  # a stamp of 0 means "not stamped" to everyone
 TRAJECTORY_TOPIC = 'arm_controller/joint_trajectory'
@@ -273,6 +274,9 @@ class SimNode(Node):
         except ValueError as error:
             response.message = str(error)
             return response
+        assert self.robot.world is not None
+        if not self._cameras.wait_for(self.robot.world.model, FIRST_PICTURE_S):
+            self.get_logger().warning(f'no picture of the new scene within {FIRST_PICTURE_S:g} s')
         self._pacer.restart()
         if self.lockstep:
             self._sim_ns += self._period_ns  # stamps must grow across a reset

@@ -27,7 +27,7 @@ POLICIES.setdefault('sweep', 'fault_policies:SweepPolicy')
 CALM = {
     'guard.max_tick_gap_s': 2.0, 'guard.hold_s': 0.2, 'guard.start_ramp_s': 0.2,
     'guard.start_speed': 0.5, 'freshness.clock_jump_s': 0.5, 'freshness.wait_s': 20.0,
-    'guard.estop_cooldown_s': 0.05, 'inference.timeout_s': 1.0,
+    'guard.estop_cooldown_s': 0.05, 'inference.timeout_s': 1.0, 'policy_process': False,
 }
 
 

@@ -4,144 +4,18 @@
 import gc
 import weakref
 
-import numpy as np
 import pytest
-import torch
-from conftest import Served, make_contract
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
-from fault_policies import SweepPolicy
 from precise_policy import PrecisePolicy
-from robot import Robot
-from trajectory_msgs.msg import JointTrajectory
+from swapping import assert_no_gap, settle, value
+from swapping import model as model  # fixtures
+from swapping import moving as moving
+from swapping import pair as pair
+from swapping import robot as robot
+from swapping import served as served
 
-from quantvla_ros.policies.base import POLICIES
-from quantvla_ros.quant.artifact import TENSOR_NAME, Provenance, write_artifact
-from quantvla_ros.quant.linear import QuantizedLayer
-from quantvla_ros.quant.pack import absmax_scale, packed, quantize
-from quantvla_ros.quant.scheme import parse_scheme
+from quantvla_ros.quant.artifact import TENSOR_NAME
 
 pytestmark = pytest.mark.ros
-# Wide, for a machine that does much else: the robot of the tests may be late, the node may not.
-PATIENT = {
-    'freshness.camera_max_age_s': 10.0, 'freshness.camera_max_silence_s': 10.0,
-    'freshness.joints_max_age_s': 10.0, 'freshness.joints_max_silence_s': 10.0,
-    'freshness.frozen_s': 0.0, 'freshness.clock_jump_s': 0.0, 'inference.timeout_s': 20.0,
-    'guard.max_tick_gap_s': 5.0, 'drift.every': 1,
-}
-DEFAULTS = {
-    'swap__mode': 'beside', 'swap__good_chunks': 1, 'gate__override': False,
-    'gate__needs_evidence': False, 'shadow': '', 'calibration': '',
-}
-OUT_OF_BOUNDS = {'action_error_mrad': 9.0, 'other_seed_mrad': 1.0}
-
-
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    """A model folder with a good, a damaged-to-be and an inaccurate artifact."""
-    folder = tmp_path_factory.mktemp('model')
-    for name, measured in (
-            ('good', {}), ('broken', {}), ('torn', {}), ('inaccurate', OUT_OF_BOUNDS)):
-        write_artifact(folder / name, {'a': make_layer()},
-                       Provenance('', 'rtn', 'w8a8', measured=measured))
-    return folder
-
-
-def make_layer():
-    scheme = parse_scheme('w8a8')
-    x = torch.eye(64)
-    scale = absmax_scale(x, 8, scheme.weight)
-    codes = quantize(x, scale, 8, scheme.weight)
-    return QuantizedLayer(scheme, packed(codes, scale, 8, scheme.weight))
-
-
-@pytest.fixture(scope='module')
-def pair(graph, tmp_path_factory, model):
-    """One robot and one node for the whole module; no claim here rests on fresh inputs."""
-    POLICIES.setdefault('precise', 'precise_policy:PrecisePolicy')
-    SweepPolicy.mode = 'good'
-    path = make_contract(tmp_path_factory.mktemp('c'), 'forward_command')
-    path.write_text(path.read_text().replace('execute: 3', 'execute: 6'))
-    robot = Robot().start()
-    served = Served(path, policy='precise', model=str(model), precision='fine', **PATIENT)
-    yield robot, served
-    PrecisePolicy.gate.set()
-    served.close()
-    robot.stop()
-
-
-def calm():
-    """Policies break no more and need no room."""
-    PrecisePolicy.gate.set()
-    PrecisePolicy.loads.clear()
-    PrecisePolicy.needs, PrecisePolicy.largest = 0, 1.0
-
-
-@pytest.fixture
-def robot(pair):
-    calm()
-    return pair[0]
-
-
-@pytest.fixture
-def served(robot, pair):
-    """The node, unconfigured."""
-    served = pair[1]
-    for transition in ('deactivate', 'cleanup'):
-        if served.node.state_label != 'unconfigured':
-            served.do(getattr(served.node, f'trigger_{transition}'))
-    assert robot.set_parameters(precision='fine', **DEFAULTS).successful
-    return served
-
-
-@pytest.fixture
-def moving(robot, pair):
-    """The node, up and moving at 'fine'."""
-    served = pair[1]
-    if served.node.state_label == 'unconfigured':
-        robot.set_parameters(precision='fine', **DEFAULTS)
-        assert served.do(served.node.trigger_configure).name == 'SUCCESS'
-    if served.node.state_label == 'inactive':
-        assert served.do(served.node.trigger_activate).name == 'SUCCESS'
-    guard = served.node.serving.guard
-    if guard.state.value != 'running':
-        robot.wait(lambda: guard.at_rest, 'rest')
-        assert robot.call('enable').success
-    assert robot.set_parameters(precision='fine', **DEFAULTS).successful
-    swap = served.node.serving.exchange.swap
-    robot.wait(lambda: swap.settled and robot.status['precision'] == 'fine', 'fine')
-    chunks = len(robot.chunks)
-    robot.wait(lambda: len(robot.chunks) > chunks, 'a chunk')
-    calm()
-    served.since = len(robot.commands), guard.counts['starts'], swap.counts.copy()
-    return served
-
-
-def value(served, name='precision'):
-    return served.node.get_parameter(name).value
-
-
-def settle(robot, served, precision, result):
-    """Wait until a swap has come to its end, and return what ~/status says of it."""
-    def done():
-        swap = robot.status['swap']
-        last = (swap or {}).get('last') or {}
-        return (last.get('result') == result and swap['stage'] == 'active'
-                and robot.status['precision'] == precision)
-
-    counts = served.node.serving.exchange.swap.counts
-    robot.wait(lambda: counts[result] > served.since[2][result] and done(),
-               f'{result} and {precision} runs')
-    robot.wait(lambda: value(served) == precision, 'the parameter says it')
-    return robot.swap('last')
-
-
-def assert_no_gap(robot, served):
-    guard, (first, starts, _) = served.node.serving.guard, served.since
-    assert guard.state.value == 'running'
-    assert guard.counts['starts'] == starts, 'the arm never stopped'
-    found = np.array([list(m.data) for m in robot.commands[first:]])
-    assert np.isfinite(found).all()
-    assert np.abs(np.diff(found, axis=0)).max() < 0.3, 'no leap, be some commands lost'
 
 
 def test_precision_changes_under_way_and_the_old_one_is_freed(robot, moving):
@@ -303,7 +177,7 @@ def test_cleanup_while_loading_gives_everything_back(robot, moving):
     robot.set_parameters(precision='coarse')
     robot.wait(lambda: 'coarse' in PrecisePolicy.loads, 'loading')
     old = weakref.ref(moving.node.serving.policy)
-    loader = moving.node.serving.exchange.beside._thread._thread
+    loader = moving.node.serving.exchange.beside.thread._thread
     assert moving.do(moving.node.trigger_deactivate).name == 'SUCCESS'
     assert moving.do(moving.node.trigger_cleanup).name == 'SUCCESS'
     PrecisePolicy.gate.set()
@@ -357,69 +231,3 @@ def test_stop_during_a_hold_is_obeyed_after_it(robot, moving, service):
     ticks = control.ticks
     robot.wait(lambda: control.ticks > ticks + 20, 'ticks')
     assert moving.node.serving.guard.state.value in ('holding', 'silent')
-
-
-def test_shadow_answers_beside_and_commands_nothing(robot, moving):
-    heard = []
-    robot.node.create_subscription(
-        JointTrajectory, 'policy_node/shadow', lambda m: robot._keep(heard, m), 5)
-    assert robot.set_parameters(shadow='coarse').successful
-    robot.wait(lambda: len(heard) > 1, 'differences')
-    assert heard[-1].joint_names == ['shoulder', 'elbow']
-    for point in heard[-1].points:
-        np.testing.assert_allclose(point.positions, 0.01, atol=1e-9)
-    robot.wait(lambda: robot.status['shadow'].get('compared', 0) > 1, 'figures in ~/status')
-    assert robot.status['shadow']['worst']['elbow'] == pytest.approx(0.01)
-    assert value(moving, 'shadow') == 'coarse'
-    assert value(moving) == robot.status['precision'] == 'fine'
-    robot.set_parameters(shadow='')
-    robot.wait(lambda: robot.status['shadow']['precision'] == '', 'no shadow')
-    assert value(moving, 'shadow') == ''
-    assert_no_gap(robot, moving)
-
-
-@pytest.mark.parametrize(('shadow', 'words'), [
-    ('raises', 'illegal instruction'), ('nan', 'not finite'), ('nowhere', 'holds no artifact'),
-])
-def test_shadow_that_breaks_is_dropped_and_told_and_nothing_stops(robot, moving, shadow, words):
-    assert robot.set_parameters(shadow=shadow).successful
-    robot.wait(lambda: words in robot.status['shadow']['trouble'], 'the trouble is told')
-    robot.wait(lambda: value(moving, 'shadow') == '', 'nothing shadows')
-    chunks = len(robot.chunks)
-    robot.wait(lambda: len(robot.chunks) > chunks + 1, 'it goes on')
-    assert_no_gap(robot, moving)
-
-
-def test_shadow_without_room_is_refused_with_figures(robot, moving):
-    PrecisePolicy.needs = 10**15
-    refusal = robot.set_parameters(shadow='coarse')
-    assert '1000000000 MB beside the running one' in refusal.reason
-
-
-def test_precision_swapped_under_a_shadow_keeps_the_shadow(robot, moving):
-    robot.set_parameters(shadow='coarse')
-    robot.wait(lambda: robot.status['shadow'].get('compared', 0) > 0, 'a comparison')
-    robot.set_parameters(precision='good')
-    settle(robot, moving, 'good', 'active')
-    before = robot.status['shadow']['compared']
-    robot.wait(lambda: robot.status['shadow']['compared'] > before, 'it goes on')
-    assert value(moving, 'shadow') == 'coarse'
-
-
-def test_scene_that_left_the_calibrated_range_warns_with_the_worst_layer(robot, moving):
-    heard = robot.diagnostics
-    robot.node.create_subscription(
-        DiagnosticArray, '/diagnostics', lambda m: robot._keep(heard, m), 20)
-    robot.set_parameters(precision='good')
-    settle(robot, moving, 'good', 'active')
-    robot.wait(lambda: robot.status['drift']['looks'] > 4, 'looks')
-    assert robot.status['drift']['warning'] == ''
-    PrecisePolicy.largest = 9.0
-
-    def warned():
-        return any(item.name.endswith('quantization') and item.level == DiagnosticStatus.WARN
-                   and 'recalibrate' in item.message and 'worst layer' in item.message
-                   for item in heard[-1].status)
-
-    robot.wait(lambda: heard and warned(), 'a warning')
-    assert_no_gap(robot, moving)

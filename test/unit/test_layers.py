@@ -9,7 +9,8 @@ import pytest
 import quantvla_ros
 
 ROOT = Path(quantvla_ros.__file__).parent
-WORDS = {'observation', 'action', 'contract', 'decode', 'builder', 'sections', 'resources'}
+WORDS = {'observation', 'action', 'contract', 'decode', 'builder', 'sections', 'resources',
+         'priority'}
 BELOW = {
     'words': WORDS,
     'control': WORDS,
