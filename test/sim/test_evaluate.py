@@ -94,8 +94,8 @@ def test_a_process_that_dies_is_a_crash_and_its_work_goes_on(monkeypatch):
     """The first process is ended while it plays; the next one plays the rest."""
     start, started = players._Worker.__init__, []
 
-    def start_and_end_the_first(self, settings):
-        start(self, settings)
+    def start_and_end_the_first(self, settings, index):
+        start(self, settings, index)
         started.append(self)
         if len(started) == 1:
             self.process.kill()
