@@ -146,8 +146,9 @@ void quantize_token(const Token& token, int64_t row) {
 
   // Our own floats may have zeros behind them, so that nothing is left over from the vectors.
   const bool padded = x == token.floats && layer.groups == 1;
-  if (padded) std::memset(token.floats + k, 0, static_cast<size_t>(token.depth - k) * 4);
-  const int64_t count = padded ? token.depth : k;
+  // The line of a thread ends there: behind it begins the next thread's.
+  const int64_t count = padded ? round_up(k, DEPTH_STEP) : k;
+  if (padded) std::memset(token.floats + k, 0, static_cast<size_t>(count - k) * 4);
   const int32_t bits = magnitude_bits(x, count);
   float amax;
   std::memcpy(&amax, &bits, 4);
@@ -171,7 +172,8 @@ void quantize_token(const Token& token, int64_t row) {
   const int64_t length = count / layer.groups;
   for (int64_t g = 0; g < layer.groups; ++g)
     token.sums[g] = -round_group<Isa>(x + g * length, token.q + g * length, length, inverse, top);
-  if (token.depth > count) std::memset(token.q + k, 0, static_cast<size_t>(token.depth - k));
+  if (token.depth > count)
+    std::memset(token.q + count, 0, static_cast<size_t>(token.depth - count));
 }
 
 }  // namespace
