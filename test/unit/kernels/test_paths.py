@@ -185,6 +185,17 @@ def test_several_threads_give_the_same_bits_as_one(library, threads):
         assert all(torch.equal(y, alone) for y in together)
 
 
+def test_the_padding_of_a_token_stays_out_of_the_next_threads_line(library):
+    """Lines are padded farther where K is a multiple of 512, and once that was the neighbour's."""
+    layer = make(library, packed(64, 512, 8), hadamard=64)
+    x = torch.randn(200, 512)
+    alone = layer(x)
+    library.qv_set_threads(2)
+    together = [layer(x) for _ in range(60)]
+    library.qv_set_threads(1)
+    assert all(torch.equal(y, alone) for y in together)
+
+
 def test_threads_that_wait_for_a_call_cost_nothing(library):
     library.qv_set_threads(3)
     layer = make(library, packed(90, 128, 4))
