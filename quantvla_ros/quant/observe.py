@@ -100,22 +100,17 @@ def spread(tokens: Tensor, count: int) -> Tensor:
 Run = Callable[[], None]
 
 
-def observe(net: nn.Module, names: Iterable[str], run: Run) -> dict[str, InputStatistics]:
-    """Run the frames and return what entered each named linear layer.
-
-    Layers that never ran are left out, so that the caller can say which.
-    """
-    found: dict[str, InputStatistics] = {}
+def run_watched(
+    net: nn.Module, names: Iterable[str], see: Callable[[str, Tensor], None], run: Run
+) -> None:
+    """Run, and hand what enters each named layer to `see`, with its name."""
     handles = []
 
     def watch(name: str) -> None:
-        module = net.get_submodule(name)
-        width = int(module.in_features)  # type: ignore[arg-type]
-
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found.setdefault(name, InputStatistics(width)).add(inputs[0])
+            see(name, inputs[0])
 
-        handles.append(module.register_forward_pre_hook(hook))
+        handles.append(net.get_submodule(name).register_forward_pre_hook(hook))
 
     try:
         for name in names:
@@ -124,6 +119,20 @@ def observe(net: nn.Module, names: Iterable[str], run: Run) -> dict[str, InputSt
     finally:
         for handle in handles:
             handle.remove()
+
+
+def observe(net: nn.Module, names: Iterable[str], run: Run) -> dict[str, InputStatistics]:
+    """Run the frames and return what entered each named linear layer.
+
+    Layers that never ran are left out, so that the caller can say which.
+    """
+    found: dict[str, InputStatistics] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        width = int(net.get_submodule(name).in_features)  # type: ignore[arg-type]
+        found.setdefault(name, InputStatistics(width)).add(x)
+
+    run_watched(net, names, see, run)
     return found
 
 

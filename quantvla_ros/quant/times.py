@@ -23,6 +23,7 @@ from torch import nn
 
 from quantvla_ros.kernels import dispatch, weights
 from quantvla_ros.quant.layout import Layout
+from quantvla_ros.quant.observe import run_watched
 from quantvla_ros.quant.sites import PolicySites
 from quantvla_ros.quant.spend import CONTAINERS, units_of
 
@@ -75,21 +76,11 @@ def read_times(path: Path) -> Times:
 def watch_work(net: nn.Module, names: Sequence[str], run: Callable[[], None]) -> Work:
     """Run one chunk and count the calls of every linear, by the tokens of a call."""
     found: dict[str, Counter[int]] = {name: Counter() for name in names}
-    handles = []
 
-    def watch(name: str) -> None:
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            found[name][inputs[0].shape[:-1].numel()] += 1
+    def see(name: str, x: torch.Tensor) -> None:
+        found[name][x.shape[:-1].numel()] += 1
 
-        handles.append(net.get_submodule(name).register_forward_pre_hook(hook))
-
-    try:
-        for name in names:
-            watch(name)
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_watched(net, names, see, run)
     return found
 
 
