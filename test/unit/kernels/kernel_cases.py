@@ -12,7 +12,7 @@ EXACT = 2**24
 
 @st.composite
 def shapes(draw):
-    """(tokens, N, K, bits, group) that every kernel serves; seeds torch, so that a case repeats."""
+    """(tokens, N, K, bits, group) that every kernel serves; seeds torch: a case repeats."""
     torch.manual_seed(draw(st.integers(0, 2**32)))
     group = draw(st.sampled_from([0, 0, 32, 64, 128]))
     columns = draw(st.integers(1, 6)) * group if group else draw(st.integers(1, 300))
