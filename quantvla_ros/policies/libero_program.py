@@ -25,6 +25,7 @@ from quantvla_ros.kernels.windows import WindowLinear
 from quantvla_ros.policies.flow import flow_times
 from quantvla_ros.policies.libero_parts import Part, PartOf, Stored, stacked, stored_part
 from quantvla_ros.policies.libero_vla import HEAD_WIDTH, NORM_EPS, ActionBlock, Block, LiberoVlaNet
+from quantvla_ros.policies.threads import one_thread_of_torch
 
 
 class RecordedContext:
@@ -204,8 +205,8 @@ class ChunkProgram:
 
     def _record_steps(self) -> list[Program]:
         net, c = self.net, self.net.config
-        # (steps, blocks, 9, width)
-        self.modulation = net.modulation(torch.tensor(flow_times(self.steps)))[:, :, :, 0]
+        with one_thread_of_torch():  # (steps, blocks, 9, width)
+            self.modulation = net.modulation(torch.tensor(flow_times(self.steps)))[:, :, :, 0]
         self.modulation = self.modulation.contiguous()
         h = torch.empty(c.chunk, c.action_width)
         programs = []
