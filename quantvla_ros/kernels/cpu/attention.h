@@ -118,9 +118,10 @@ struct Attention {
   int64_t blocks() const { return (call.rows + height() - 1) / height(); }
   int64_t tasks() const { return int64_t{call.batch} * call.heads * blocks(); }
 
+  // Queries outside, heads inside: the rows that a thread has are those that it has in the layers.
   void attend(int64_t task, float* scratch) const {
-    const int64_t dim = call.head_dim, block = task % blocks();
-    const int64_t head = task / blocks() % call.heads, batch = task / blocks() / call.heads;
+    const int64_t dim = call.head_dim, head = task % call.heads;
+    const int64_t block = task / call.heads % blocks(), batch = task / call.heads / blocks();
     const int64_t cell_index = batch * call.kv_heads + head * call.kv_heads / call.heads;
     const int64_t first = block * height();
     const int64_t count = call.rows - first < height() ? call.rows - first : height();
