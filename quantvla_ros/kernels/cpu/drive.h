@@ -235,7 +235,7 @@ struct Run {
   // many blocks for each thread as for the others, so that a thread keeps its rows.
   int64_t blocks() const {
     const int64_t fit = 512 * 1024 / depth / Isa::MR * Isa::MR;
-    const int64_t least = 2 * Isa::MR, most = BLOCK_ROWS;
+    const int64_t least = 2 * Isa::MR, most = Isa::MOST_ROWS;
     const int64_t height = fit < least ? least : fit > most ? most : fit;
     const int64_t count = (call.rows + height - 1) / height;
     const int64_t even = round_up(count, threads);
