@@ -19,6 +19,15 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope='session')
+def one_thread_of_torch():
+    """The networks here are so small that a second thread is only waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=list(native.PATHS))
 def library(request):
     """Each path of this machine in turn; the others are skipped by name with the reason."""
