@@ -24,7 +24,7 @@ from quantvla_ros.sim.episodes import Act, Episode, Outcome, Settings, Variant, 
 from quantvla_ros.sim.gpus import renders_on
 from quantvla_ros.sim.lighting import parse_lighting
 
-PATIENCE_S = 0.004  # how long a batch waits for more to join
+PATIENCE_S = 0.015  # how long a batch waits for the next one to join; a small batch costs as much
 MAX_DEATHS = 8
 
 
@@ -133,14 +133,14 @@ class BatchedInference:
         if variant not in self._policies:
             self._policies[variant] = load_policy(self.settings, variant, 0)
         policy = self._policies[variant]
-        if not hasattr(policy, 'prepare_batch'):
+        if not hasattr(policy, 'chunks'):
             raise ValueError(f'policy {self.settings.policy!r} has no batches; use --batch 1')
         size, found = self.settings.batch, []
         for first in range(0, len(asked), size):
             part = list(asked[first : first + size])
             full = part + [part[-1]] * (size - len(part))
-            prepared = policy.prepare_batch([observation for observation, _ in full])
-            found += policy.denoise_batch(prepared, [seed for _, seed in full])[: len(part)]
+            observations, seeds = zip(*full, strict=True)
+            found += policy.chunks(observations, seeds)[: len(part)]
         return found
 
 
