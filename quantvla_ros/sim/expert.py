@@ -26,6 +26,7 @@ TURN_SPEED = 1.1  # rad/s, on average
 # rad/s, of the fastest joint on average. An arm that is told to go much faster falls behind by
 # more than the 0.25 rad to which LIBERO's controller cuts a target, and leaves the straight line.
 JOINT_SPEED = 1.0
+FASTEST = 0.08  # rad, of any joint in one step
 LOST_AFTER = 3  # steps without a finger on it, after which a thing counts as dropped
 SHIFTED = 0.005  # m; a thing this far from where it was is reached for anew
 REMEMBERED = ('queue', 'progress', 'tries', 'target', 'gripper', 'carried', 'lost', 'position',
@@ -141,5 +142,11 @@ class Expert:
             if steps > SMOOTH_FROM:
                 part = part * part * (3 - 2 * part)
             rotation = rotation_of(part * turn) @ self.rotation
-            self.target, _ = self.arm.solve(self.position + part * way, rotation, self.target)
+            found, _ = self.arm.solve(self.position + part * way, rotation, self.target)
+            change = found - self.target
+            most = float(np.abs(change).max())
+            if most > FASTEST:  # a joint has far to turn here: the hand waits for it
+                change *= FASTEST / most
+                self.progress -= 1
+            self.target = self.target + change
         return steps + move.settle
