@@ -167,15 +167,17 @@ class Products:
 
     def wanted(self) -> Tensor:
         """What the first pair gives, in float64."""
-        weight, up = self.pairs[0]
+        weight, second = self.pairs[0]
         y = gpu_gemm.exact(self.tokens, weight)
         if self.shape.follows == 'turned':  # by nothing
             return y[:, pair_order(self.shape.n, self.shape.n, HEAD).argsort().to(y.device)]
         if self.shape.follows == 'pair':
-            return torch.nn.functional.gelu(y[:, ::2], approximate='tanh') * y[:, 1::2]
-        if up is None:
+            gate, up = (part.flatten(1) for part in y.unflatten(1, (-1, 2, 8)).unbind(2))
+            return torch.nn.functional.gelu(gate, approximate='tanh') * up
+        if second is None:
             return y
-        return torch.nn.functional.gelu(y, approximate='tanh') * gpu_gemm.exact(self.tokens, up)
+        return (torch.nn.functional.gelu(y, approximate='tanh')
+                * gpu_gemm.exact(self.tokens, second))
 
     def time(self, tile: tiles.Tile, wanted: Tensor) -> float:
         """Microseconds of a tile. Raises RuntimeError where its result is wrong."""

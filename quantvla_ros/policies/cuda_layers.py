@@ -17,7 +17,7 @@ from quantvla_ros.kernels.cuda import launch_attention as attention
 from quantvla_ros.kernels.cuda.launch import Epilogue, Norm, Tokens
 from quantvla_ros.kernels.cuda.launch_attention import Keys, Turn
 from quantvla_ros.kernels.cuda.launch_fused import Turned
-from quantvla_ros.kernels.cuda.pack import interleaved, pair_of_biases
+from quantvla_ros.kernels.cuda.pack import EIGHT, interleaved, pair_of_biases
 from quantvla_ros.policies.blocks import rotary
 from quantvla_ros.policies.cuda_parts import (
     FloatProjection,
@@ -83,7 +83,7 @@ class GatedMlp:
         self.fused = self._can_fuse(*pair)
         self.both: IntegerProjection | None = None  # with rows in turns
         self.group = None
-        if self.fused and 'pair' in machine.ways:
+        if self.fused and 'pair' in machine.ways and pair[0].n % EIGHT == 0:
             self.both = self._in_turns(*pair)
         if self.both or not self.fused:
             del self.gate, self.up

@@ -30,6 +30,7 @@ from quantvla_ros.kernels.cuda.launch import (
 )
 from quantvla_ros.kernels.cuda.launch_fused import Turned
 from quantvla_ros.kernels.cuda.pack import (
+    EIGHT,
     DeviceWeight,
     pair_order,
     paired,
@@ -312,7 +313,7 @@ class Group:
         """Put rows of heads in pairs, for positions in the epilogue; whether that is wanted."""
         part = self.parts[0]
         if ('turn' not in self.machine.ways or len(self.parts) > 1
-                or not isinstance(part, IntegerProjection)):
+                or not isinstance(part, IntegerProjection) or width % (2 * EIGHT)):
             return False
         part.weight = paired(part.weight, width)
         if part.bias is not None:

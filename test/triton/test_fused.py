@@ -22,13 +22,13 @@ from quantvla_ros.kernels.cuda.widen import room, run_widen, wide_view
 
 
 @pytest.mark.parametrize(('bits', 'group'), [(8, 0), (4, 0), (4, 128)])
-def test_pair_with_rows_in_turns_is_activated_and_multiplied(bits, group, device):
-    first, second = (random_weight(bits, 70, 256, group) for _ in 'gu')
+def test_pair_with_rows_in_eights_is_activated_and_multiplied(bits, group, device):
+    first, second = (random_weight(bits, 72, 256, group) for _ in 'gu')
     q, scale = quantized(18, 256, device)
-    biases = [torch.randn(70), None]
+    biases = [torch.randn(72), None]
     moved = pack.interleaved(*(pack.to_device(w, device) for w in (first, second)))
-    both = pack.pair_of_biases(*biases, 70).to(device)
-    out = poisoned(18, 70, device=device)
+    both = pack.pair_of_biases(*biases, 72).to(device)
+    out = poisoned(18, 72, device=device)
     run_pair(on(device, q, scale, moved), moved, out, 'silu', both,
              tile=Tile(16, 32, 64, 2, 4, 1))
     y = reference.ACTIVATIONS['silu'](wanted(q, scale, first) + biases[0].double())
@@ -39,6 +39,9 @@ def test_halves_of_different_bits_make_no_pair(device):
     halves = [pack.to_device(random_weight(bits, 16, 128), device) for bits in (8, 4)]
     with pytest.raises(ValueError, match='same bits and group'):
         pack.interleaved(*halves)
+    odd = pack.to_device(random_weight(8, 12, 128), device)
+    with pytest.raises(ValueError, match='rows come in eights; 12 do not'):
+        pack.interleaved(odd, odd)
 
 
 @pytest.mark.parametrize(('group', 'columns'), [(0, 384), (0, 512), (128, 512), (32, 128)])

@@ -7,7 +7,10 @@ together. So this is imported by what runs on a GPU, and by nothing else.
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+VARIABLE = 'TRITON_INTERPRET'
 
 try:
     import triton
@@ -15,8 +18,10 @@ try:
 
     jit: Any = triton.jit
     MISSING = ''
+    # the interpreter knows no machine code; what is written in it stands there in words besides
+    MACHINE = tl.constexpr(os.environ.get(VARIABLE) != '1')
 except ImportError as error:
-    triton = tl = None
+    triton = tl = MACHINE = None
 
     def jit(function: Any = None, **options: Any) -> Any:
         """Leave the kernel as it is: it can be read, not run."""
@@ -25,4 +30,4 @@ except ImportError as error:
 
     MISSING = f'Triton cannot be imported ({error}); install it: pip install triton'
 
-__all__ = ['MISSING', 'jit', 'tl', 'triton']
+__all__ = ['MACHINE', 'MISSING', 'VARIABLE', 'jit', 'tl', 'triton']

@@ -50,7 +50,7 @@ def run_pair(
     tokens: Tokens, weight: DeviceWeight, out: Tensor, act: str, bias: Tensor | None = None,
     *, tile: Tile | None = None, pdl: bool = False, ahead: bool = False,
 ) -> None:
-    """out (M, N) = act(gate) * up, for a weight of 2 N rows in turns (pack.interleaved)."""
+    """out (M, N) = act(gate) * up, for a weight of 2 N rows (pack.interleaved)."""
     _run(tokens, weight, out, 'pair', bias, act=act, tile=tile, pdl=pdl, ahead=ahead)
 
 

@@ -34,8 +34,10 @@ def emit(
     if TOP == 0:
         tl.store(out + row * KP + column, x.to(out.dtype.element_ty), mask=column < K)
     else:
-        wild = tl.max(tl.max(((x - x) != 0.0).to(tl.int32), 1), 0)
-        largest = tl.max(tl.max(tl.abs(x), 1), 0)
+        # as integers, infinities and NaN lie above all numbers: one maximum tells both
+        top = tl.max(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1), 0)
+        wild = top >= 0x7F800000
+        largest = top.to(tl.float32, bitcast=True)
         if STATIC:
             step = tl.load(static)
             inverse = tl.div_rn(1.0, step)
@@ -46,9 +48,9 @@ def emit(
         y = tl.minimum(tl.maximum(x * inverse, -1e6), 1e6)
         y = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest even integer
         y = tl.minimum(tl.maximum(y, -TOP * 1.0), TOP * 1.0)
-        y = tl.where(wild != 0, 0.0, y)
+        y = tl.where(wild, 0.0, y)
         tl.store(out + row * KP + column, y.to(tl.int8), mask=column < KP)
-        tl.store(scale + row, tl.where(wild != 0, float('nan'), step))
+        tl.store(scale + row, tl.where(wild, float('nan'), step))
 
 
 @jit
