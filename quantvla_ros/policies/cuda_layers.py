@@ -175,9 +175,8 @@ def attend_and_add(
         parts = machine.parts(split.parts, rows, heads, width)
         attention.run_attend(q, keys, heads, parts, split, causal=causal, pdl=machine.pdl)
         made = machine.tokens(rows, take)
-        at_once = 'join' in machine.ways and (width % 64 == 0 or split.parts <= 8)
-        join = launch_fused.run_join_at_once if at_once else attention.run_join
-        join(parts, split.parts, width, take, made, machine.dtype, pdl=machine.pdl)
+        attention.run_join(parts, split.parts, width, take, made, machine.dtype,
+                           pdl=machine.pdl)
     stream.add(output, made, gate, step)
 
 

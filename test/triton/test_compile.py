@@ -22,7 +22,6 @@ KINDS = [
                               tile=Tile(256, 128, 128, 3, 8, 1, 1))),
     (90, resources.token_case(2048, 127, True)),
     (90, resources.token_case(1024, 127, False, parts=4)),
-    (90, resources.join_case(8, 256, 8, 127, True, at_once=True)),
     (90, resources.attend_case(50, 1018, 8, 1, 256, HOPPER)),
     (90, resources.join_case(8, 256, 8, 127, True)),
     (90, resources.turn_case(16, 8, 128, True)),

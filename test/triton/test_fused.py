@@ -8,15 +8,9 @@ from test_product import on, quantized, wanted
 
 from quantvla_ros.kernels import reference
 from quantvla_ros.kernels.cuda import pack
-from quantvla_ros.kernels.cuda.launch import Take, Tokens, run_product
-from quantvla_ros.kernels.cuda.launch_attention import Parts, Turn, run_join, run_turn
-from quantvla_ros.kernels.cuda.launch_fused import (
-    Turned,
-    run_join_at_once,
-    run_pair,
-    run_raw,
-    run_turned,
-)
+from quantvla_ros.kernels.cuda.launch import run_product
+from quantvla_ros.kernels.cuda.launch_attention import Turn, run_turn
+from quantvla_ros.kernels.cuda.launch_fused import Turned, run_pair, run_raw, run_turned
 from quantvla_ros.kernels.cuda.tiles import Tile
 from quantvla_ros.kernels.cuda.widen import room, run_widen, wide_view
 
@@ -89,16 +83,3 @@ def test_queries_and_keys_are_turned_and_cached_in_the_epilogue(bits, tile, devi
         *table, *seen[1:], heads * width, (heads + groups) * width, length), tile=tile)
     for ours, theirs in zip(seen, expected, strict=True):
         assert error(ours, theirs) < 1e-6
-
-
-@pytest.mark.parametrize(('heads', 'width'), [(3, 64), (4, 48)])
-def test_parts_joined_at_once_give_what_the_join_gives(heads, width, device):
-    rows, splits = 5, 4
-    parts = Parts.make(splits, rows, heads, width, device)
-    parts.values.normal_()
-    parts.sums.uniform_(0.5, 2.0)
-    parts.largest.normal_()
-    outs = [Tokens(poisoned(rows, heads * width, device=device)) for _ in range(2)]
-    for join, out in zip((run_join, run_join_at_once), outs, strict=True):
-        join(parts, splits, width, Take(16, heads * width), out, torch.float32)
-    assert error(outs[1].data, outs[0].data) < 1e-6

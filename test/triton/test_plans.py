@@ -130,7 +130,7 @@ def asked():
     tiles.ask(())
 
 
-@pytest.mark.parametrize('ways', [['pair'], ['turn'], ['raw'], ['join'], list(tiles.WAYS)])
+@pytest.mark.parametrize('ways', [['pair'], ['turn'], ['raw'], list(tiles.WAYS)])
 def test_every_way_gives_what_the_proven_kernels_give(ways, device, asked, monkeypatch):
     model = tiny.made('pi05')
     inputs = tiny.inputs(model)

@@ -99,13 +99,17 @@ def join(
     row = tl.program_id(0)
     column = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
     inside = column < K
-    head = tl.where(inside, column // D, 0)
-    peak = tl.full((BLOCKS, 64), -1e30, tl.float32)
-    for split in range(SPLIT):
+    if D % 64 == 0:  # a block of 64 columns lies within a head: a number for each block will do
+        head = tl.minimum(tl.arange(0, BLOCKS)[:, None] * 64 // D, HEADS - 1)
+    else:
+        head = tl.where(inside, column // D, 0)
+    peak = tl.load(largest + row * HEADS + head)
+    # unrolled: what the parts hold is asked for at once, not part after part
+    for split in tl.static_range(1, SPLIT):
         peak = tl.maximum(peak, tl.load(largest + (split * rows + row) * HEADS + head))
     total = tl.zeros((BLOCKS, 64), tl.float32)
-    weight = tl.zeros((BLOCKS, 64), tl.float32)
-    for split in range(SPLIT):
+    weight = tl.zeros_like(peak)
+    for split in tl.static_range(SPLIT):
         line = (split * rows + row) * HEADS
         share = tl.exp2(tl.load(largest + line + head) - peak)
         weight += share * tl.load(sums + line + head)

@@ -4,7 +4,6 @@
     pair   gate and up stand in one weight, in eights of rows: one stream of tiles instead of two
     turn   queries, keys and values get their positions and go where attention reads them
     raw    the sums of a split product are stored as they are; the next norm adds them up
-    join   attention's splits are joined with all loads in flight
 
 The operands are product.py's. What belongs to the weights is asked for before the kernel ahead
 has ended: nothing in a graph that begins launches early may write scales, biases or gates.
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 from quantvla_ros.kernels.cuda.language import jit, tl
 from quantvla_ros.kernels.cuda.product import activate, sums
-from quantvla_ros.kernels.cuda.tokens import emit
 
 
 @jit
@@ -158,36 +156,3 @@ def fused(
             place = out + rm[None, :] * out_stride + ro[:, None]
             tl.store(place, (activate(gate, ACT) * up).to(out.dtype.element_ty),
                      mask=(ro < N // 2)[:, None] & (rm < M)[None, :])
-
-
-@jit
-def join_at_once(
-    parts, sums, largest, diagonal, hadamard, out, scale, static, rows, K, KP,
-    BLOCKS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
-    TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr, STATIC: tl.constexpr,
-    CAST: tl.constexpr, PDL: tl.constexpr,
-):
-    """Put the splits of one token together, all heads; grid (rows,). K = HEADS * D."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0)
-    column = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
-    inside = column < K
-    if D % 64 == 0:  # a block of 64 columns lies within a head: a number for each block will do
-        head = tl.minimum(tl.arange(0, BLOCKS)[:, None] * 64 // D, HEADS - 1)
-    else:
-        head = tl.where(inside, column // D, 0)
-    peak = tl.load(largest + row * HEADS + head)
-    # unrolled: what the parts hold is asked for at once, not part after part
-    for split in tl.static_range(1, SPLIT):
-        peak = tl.maximum(peak, tl.load(largest + (split * rows + row) * HEADS + head))
-    total = tl.zeros((BLOCKS, 64), tl.float32)
-    weight = tl.zeros_like(peak)
-    for split in tl.static_range(SPLIT):
-        line = (split * rows + row) * HEADS
-        share = tl.exp2(tl.load(largest + line + head) - peak)
-        weight += share * tl.load(sums + line + head)
-        total += share * tl.load(parts + line * D + column, mask=inside, other=0.0)
-    emit(total / weight, diagonal, hadamard, out, scale, static, row, K, KP,
-         BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)

@@ -152,8 +152,7 @@ def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip:
     return Case(name, attention.attend, types, constants, split.warps, split.stages)
 
 
-def join_case(heads: int, width: int, parts: int, top: int, rotate: bool,
-              *, at_once: bool = False) -> Case:
+def join_case(heads: int, width: int, parts: int, top: int, rotate: bool) -> Case:
     """The splits of an attention into tokens."""
     types = {'parts': '*fp32', 'sums': '*fp32', 'largest': '*fp32', 'diagonal': '*fp32',
              'hadamard': '*i8', 'out': '*i8' if top else '*bf16', 'scale': '*fp32',
@@ -162,9 +161,8 @@ def join_case(heads: int, width: int, parts: int, top: int, rotate: bool,
                  'SPLIT': parts, 'TOP': top, 'DIAGONAL': rotate, 'ROTATE': rotate,
                  'STATIC': False,
                  'CAST': triton.language.bfloat16, 'PDL': False}
-    kernel, times = (fused.join_at_once, 2) if at_once else (attention.join, 1)
-    name = f'join {heads}x{width} of {parts}' + (' at once' if at_once else '')
-    return Case(name, kernel, types, constants, times * launch.warps_of(heads * width), 3, False)
+    return Case(f'join {heads}x{width} of {parts}', attention.join, types, constants,
+                2 * launch.warps_of(heads * width), 3, False)
 
 
 def turn_case(heads: int, groups: int, width: int, norm: bool) -> Case:
@@ -207,7 +205,6 @@ def cases(chip: Chip) -> Iterator[Case]:
     yield attend_case(49, 560, 32, 32, 48, chip)
     yield attend_case(560, 560, 16, 8, 128, chip, causal=True)
     yield join_case(8, 256, 8, 127, True)
-    yield join_case(8, 256, 8, 127, True, at_once=True)
     yield join_case(32, 48, 4, 0, False)
     yield turn_case(8, 1, 256, False)
     yield turn_case(16, 8, 128, True)

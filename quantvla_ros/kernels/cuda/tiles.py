@@ -207,7 +207,6 @@ WAYS = {
     'pair': 'gate and up in one product, their rows in turns',
     'turn': 'positions and the cache in the epilogue of queries, keys and values',
     'raw': 'sums of split products added up by the next norm',
-    'join': 'attention joined with all loads in flight',
     'widen': '4-bit weights of a prefix made 8-bit ones a layer ahead',
 }
 _asked: set[str] = set()
