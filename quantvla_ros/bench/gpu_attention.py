@@ -67,19 +67,19 @@ def candidates(case: tuple[int, int, int, int, int], chip: Chip) -> list[Split]:
     rows = tokens * heads // groups
     found = []
     few = rows <= 1024
-    for bq, bs, warps, stages in product((16, 32, 64) if few else (64, 128), (32, 64, 128),
-                                         (4, 8), (1, 2, 3)):
+    for bq, bs, stages in product((16, 32, 64) if few else (64, 128), (32, 64), (1, 2, 3)):
+        warps = 8 if bq == 128 else 4
         # sums and logits of a thread stand in registers; more than these spill
-        if bq * (max(16, width) + bs) > 160 * 32 * warps or (bq == 16 and warps == 8):
+        if bq * (max(16, width) + bs) > 160 * 32 * warps:
             continue
         if 2 * bs * max(16, width) * 2 * stages > chip.shared:
             continue
         programs = -(-rows // bq) * groups
         for parts in (1, 2, 4, 8, 16, 32) if few else (1,):
-            filled = programs * parts
-            if parts > 1 and (filled > 2 * chip.processors or total // parts < bs):
+            filled = programs * parts / chip.processors
+            if parts > 1 and (filled > 2.2 or total // parts < bs):
                 continue
-            if few and parts == 1 and filled < chip.processors // 8:
+            if few and filled < 0.4 and parts < 8:
                 continue
             found.append(Split(bq, bs, parts, warps, stages))
     return found

@@ -31,32 +31,31 @@ from quantvla_ros.kernels.cuda.launch_attention import Split
 from quantvla_ros.kernels.cuda.launch_fused import Turned
 from quantvla_ros.kernels.cuda.pack import DeviceWeight, padded_columns, pair_order
 
-# (tokens, rows, columns, what follows: see tiles.Problem), by what they take of a chunk
+# (tokens, rows, columns, what follows: see tiles.Problem), by what they take of a chunk;
+# 'turned': heads of 256, one of keys
 PI05 = (
-    (968, 16384, 2048, 'gated'), (968, 2048, 16384, ''), (50, 4096, 1024, 'gated'),
+    (968, 32768, 2048, 'pair'), (968, 2048, 16384, ''), (50, 8192, 1024, 'pair'),
+    (50, 1024, 4096, 'raw'), (50, 2560, 1024, 'turned'), (50, 1024, 2048, 'raw'),
+    (968, 2560, 2048, 'turned'), (968, 16384, 2048, 'gated'), (50, 4096, 1024, 'gated'),
     (50, 1024, 4096, ''), (50, 2560, 1024, ''), (50, 1024, 2048, ''),
     (768, 4304, 1152, ''), (768, 1152, 4304, ''), (768, 3456, 1152, ''),
     (768, 1152, 1152, ''), (968, 2560, 2048, ''), (968, 2048, 2048, ''),
-    (10, 4096, 1024, 'gated'), (10, 1024, 4096, ''), (10, 2560, 1024, ''),
-    (10, 1024, 2048, ''),
+)
+TEN = (
+    (10, 8192, 1024, 'pair'), (10, 1024, 4096, 'raw'), (10, 2560, 1024, 'turned'),
+    (10, 1024, 2048, 'raw'), (10, 4096, 1024, 'gated'), (10, 1024, 4096, ''),
+    (10, 2560, 1024, ''), (10, 1024, 2048, ''),
 )
 GROOT = (
-    (49, 4608, 1536, ''), (49, 6144, 1536, ''), (49, 1536, 6144, ''),
-    (49, 1536, 1536, ''), (560, 6144, 2048, 'gated'), (560, 2048, 6144, ''),
-    (560, 4096, 2048, ''), (560, 2048, 2048, ''), (560, 8192, 2048, ''),
-    (560, 2048, 8192, ''), (512, 4304, 1152, ''), (512, 1152, 4304, ''),
-    (512, 3456, 1152, ''), (512, 1152, 1152, ''),
+    (49, 4608, 1536, ''), (49, 6144, 1536, ''), (49, 1536, 6144, 'raw'),
+    (49, 1536, 1536, 'raw'), (560, 12288, 2048, 'pair'), (560, 2048, 6144, ''),
+    (512, 4304, 1152, ''), (512, 1152, 4304, ''), (512, 3456, 1152, ''), (512, 1152, 1152, ''),
+    (560, 4096, 2048, ''), (560, 2048, 2048, ''), (560, 8192, 2048, ''), (560, 2048, 8192, ''),
+    (49, 1536, 6144, ''), (49, 1536, 1536, ''), (560, 6144, 2048, 'gated'),
 )
 ALONE = ((1, 4096, 4096, ''), (1, 11008, 4096, ''), (1, 4096, 11008, ''))
-SHAPES = PI05 + GROOT + ALONE
-# where the ways of fused.py are asked for; 'turned': heads of 256, one of keys
-FUSED = {
-    'pair': ((50, 8192, 1024, 'pair'), (968, 32768, 2048, 'pair'), (10, 8192, 1024, 'pair'),
-             (560, 12288, 2048, 'pair')),
-    'turn': ((50, 2560, 1024, 'turned'), (968, 2560, 2048, 'turned'), (10, 2560, 1024, 'turned')),
-    'raw': ((50, 1024, 4096, 'raw'), (50, 1024, 2048, 'raw'), (10, 1024, 4096, 'raw'),
-            (10, 1024, 2048, 'raw'), (49, 1536, 6144, 'raw'), (49, 1536, 1536, 'raw')),
-}
+SHAPES = PI05 + GROOT + TEN + ALONE
+WAY_OF = {'pair': 'pair', 'turned': 'turn', 'raw': 'raw'}  # tuned where asked for
 HEAD = 256
 PART_US = 0.15  # what the norm behind a raw product spends on each split, about
 DRY = ((5, 96, 256, ''),)
@@ -272,9 +271,9 @@ def shapes(bench: Bench) -> Iterator[Shape]:
     """By what they take of a chunk; groups last."""
     table: tuple[tuple[int, int, int, str], ...] = SHAPES
     if bench.dry or bench.quick:
-        table = DRY if bench.dry else PI05[:6]
-    asked = tiles.ways(launch.chip_of(bench.device))
-    table = tuple(s for way, some in FUSED.items() if way in asked for s in some) + table
+        table = DRY if bench.dry else PI05[:7]
+    taken = tiles.ways(launch.chip_of(bench.device))
+    table = tuple(s for s in table if WAY_OF.get(s[3], s[3]) in {'', 'gated', *taken})
     for kinds in (('w8a8', 'w4a8'), ('w4a8g128',)):
         for m, n, k, follows in table:
             for kind in kinds:
@@ -291,14 +290,14 @@ def tune(bench: Bench, file: Path, *, attention: bool = True) -> None:
     names = list(gpu_attention.CASES) if attention and not bench.dry else []
     splits = {name: gpu_attention.candidates(gpu_attention.CASES[name], chip) for name in names}
     waiting: dict[Any, tuple[list[Any], list[Future[None]]]] = {}
-    for name in names[:2]:
+    for name in names[:3]:
         waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])
     for shape in shapes(bench):
         problem = _problem(shape, bench)
         found = [tile for tile in tiles.candidates(problem, chip)
                  if tile.split == 1 or problem.follows not in ('pair', 'turned')][:cut]
         waiting[shape] = found, ahead.start(compile_products, shape, found)
-    for name in names[2:]:
+    for name in names[3:]:
         waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])
     try:
         for what, (candidates, futures) in waiting.items():
@@ -366,5 +365,6 @@ def written(whole: dict[str, Any]) -> str:
             f'  "{name}": [\n' + ',\n'.join(f'   {json.dumps(e)}' for e in own.get(name, ()))
             + '\n  ]' for name in ('tiles', 'attention'))
         chips.append(f' "{chip}": {{\n  "source": {json.dumps(own["source"])},\n'
-                     f'  "early": {json.dumps(own.get("early", {}))},\n{lists}\n }}')
+                     f'  "early": {json.dumps(own.get("early", {}))},\n'
+                     f'  "ways": {json.dumps(own.get("ways", []))},\n{lists}\n }}')
     return '{\n' + ',\n'.join(chips) + '\n}\n'

@@ -133,15 +133,16 @@ def test_ways_are_asked_for_by_name_and_reach_other_processes(tmp_path, capsys):
 
 
 def test_tuning_covers_the_ways_that_are_asked_for(tmp_path, device, monkeypatch):
-    monkeypatch.setattr(gpu_tune, 'FUSED', {'pair': ((5, 96, 128, 'pair'),),
-                                            'raw': ((5, 96, 256, 'raw'),),
-                                            'turn': ((5, 768, 128, 'turned'),)})
-    monkeypatch.setattr(gpu_tune, 'DRY', ())
+    monkeypatch.setattr(gpu_tune, 'DRY', (
+        (5, 96, 128, 'pair'), (5, 96, 256, 'raw'), (5, 768, 128, 'turned')))
     words = ['--tune', '--tiles', str(tmp_path / 'tiles.json'), '--ways', 'all']
+    (tmp_path / 'tiles.json').write_text(json.dumps({'interpreted': {
+        'source': '', 'early': {}, 'ways': ['raw'], 'tiles': [], 'attention': []}}))
     assert gpu.run(arguments(tmp_path, *words)) == 0
     tiles.ask(())
-    written = json.loads((tmp_path / 'tiles.json').read_text())['interpreted']['tiles']
-    assert {'w8a8-pair', 'w4a8-raw', 'w8a8-turned'} <= {entry['kind'] for entry in written}
+    written = json.loads((tmp_path / 'tiles.json').read_text())['interpreted']
+    assert {'w8a8-pair', 'w4a8-raw', 'w8a8-turned'} <= {e['kind'] for e in written['tiles']}
+    assert written['ways'] == ['raw']  # what was decided before stays
 
 
 def test_kernels_of_a_trace_are_put_together_by_name_and_grid():

@@ -91,7 +91,7 @@ def test_candidates_are_few_and_all_of_them_run():
         for m in (10, 50, 968):
             problem = Problem(bits, m, 4096, 1024, 0, 256)
             found = tiles.candidates(problem, HOPPER)
-            assert 4 <= len(found) <= 128  # each costs a compilation
+            assert 4 <= len(found) <= 32  # each costs a compilation
             assert all(tiles.fit(tile, problem, HOPPER) == tile for tile in found)
             assert json.dumps([dataclasses.astuple(tile) for tile in found])
 

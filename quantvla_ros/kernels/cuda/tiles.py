@@ -168,19 +168,21 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """Tiles worth trying for a shape, for `--tune`: each costs a compilation."""
     few = problem.m <= 128
     bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
-    shapes = [(bm, 64, 4), (bm, 128, 4), (bm, 128, 8)] if few else [
-        (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (256, 64, 8)]
-    depths = [(64, 4), (128, 3), (128, 4), (256, 2), (256, 3)] if few else [
-        (64, 3), (64, 4), (128, 3), (128, 4)]
+    shapes = [(bm, 64, 4), (bm, 128, 8)] if few else [
+        (64, 128, 4), (128, 64, 4), (128, 128, 8), (256, 128, 8), (256, 64, 4)]
+    wide = problem.bits == 8
+    depths = [(128, 3), (128, 4), (256, 3) if wide else (64, 4)] if few else (
+        [(128, 3), (128, 4)] if wide else [(64, 4), (128, 3)])
     found = []
     for (bm, bn, warps), (bk, stages), bulk in product(shapes, depths, (1, 0)):
         sums = bm * bn * (2 if problem.gated else 1) // (32 * warps)
-        if sums > 128 or bulk > chip.bulk or (not few and not bulk and (bm, bn) != (128, 128)):
+        if sums > 128 or bulk > chip.bulk or (not few and not bulk and bm * bn > 128 * 128):
             continue
         programs = -(-problem.n // bn) * -(-problem.m // bm)
-        for split in (1, 2, 4, 8) if few else (1, 2):
+        for split in (1, 2, 4, 8, 16) if few else (1, 2):
             # more than the chip holds at once only costs the sums, less leaves it idle
-            if split > 1 and programs * split > (3 if few else 2.2) * chip.processors:
+            filled = programs * split / chip.processors
+            if (split > 1 and filled > 2.2) or (filled < 0.25 and few and split < 16):
                 continue
             tile = Tile(bm, bn, bk, stages, warps, split, bulk)
             if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= 2:
