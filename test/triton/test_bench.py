@@ -134,7 +134,7 @@ def test_ways_are_asked_for_by_name_and_reach_other_processes(tmp_path, capsys):
 
 def test_tuning_covers_the_ways_that_are_asked_for(tmp_path, device, monkeypatch):
     monkeypatch.setattr(gpu_tune, 'DRY', (
-        (5, 96, 128, 'pair'), (5, 96, 256, 'raw'), (5, 768, 128, 'turned')))
+        (5, 96, 256, 'pair'), (5, 96, 256, 'raw'), (5, 768, 256, 'turned')))
     words = ['--tune', '--tiles', str(tmp_path / 'tiles.json'), '--ways', 'all']
     (tmp_path / 'tiles.json').write_text(json.dumps({'interpreted': {
         'source': '', 'early': {}, 'ways': ['raw'], 'tiles': [], 'attention': []}}))
