@@ -14,6 +14,18 @@ from quantvla_ros.kernels.cuda.language import jit, tl
 from quantvla_ros.kernels.cuda.tokens import emit
 
 
+@jit
+def line_of(base, row, stride, D: tl.constexpr, DP: tl.constexpr):
+    """Rows of keys or values, (rows, DP), zero behind column D."""
+    lane = tl.arange(0, DP)[None, :]
+    place = base + row[:, None] * stride + lane
+    if D == DP:
+        tile = tl.load(place)
+    else:
+        tile = tl.load(place, mask=lane < D, other=0.0)
+    return tile
+
+
 @jit(do_not_specialize=['rows', 'extra'])
 def attend(
     q, k, v, out, sums, largest, length, factor,
@@ -60,20 +72,21 @@ def attend(
         keep = (at < keys)[None, :]
         if CAUSAL:
             keep = keep & (at[None, :] <= token[:, None])
-        tile_k = tl.load(k + batch * k_batch + at[None, :] * k_stride + group * D + lane[:, None],
-                         mask=(at < keys)[None, :] & (lane < D)[:, None], other=0.0)
+        read = tl.minimum(at, keys - 1)  # instead of a mask: what it gives weighs nothing
+        tile_k = line_of(k + batch * k_batch + group * D, read, k_stride, D, DP).T
         logits = tl.dot(queries, tile_k, input_precision=PRECISION) * factor
         logits = tl.where(keep, logits, -1e30)
         higher = tl.maximum(peak, tl.max(logits, 1))
-        p = tl.where(keep, tl.exp2(logits - higher[:, None]), 0.0)
+        p = tl.exp2(logits - higher[:, None])
+        if CAUSAL:  # else the first tile holds a key that every row sees
+            p = tl.where(keep, p, 0.0)
         fade = tl.exp2(peak - higher)
         weight = weight * fade + tl.sum(p, 1)
-        tile_v = tl.load(v + batch * v_batch + at[:, None] * v_stride + group * D + lane[None, :],
-                         mask=(at < keys)[:, None] & (lane < D)[None, :], other=0.0)
+        tile_v = line_of(v + batch * v_batch + group * D, read, v_stride, D, DP)
         acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * fade[:, None], input_precision=PRECISION)
         peak = higher
     if SPLIT == 1:
-        acc = acc / weight[:, None]
+        acc = acc * (1.0 / weight)[:, None]
         target = out + place * out_stride + head[:, None] * D + lane[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=known)
     else:
@@ -114,7 +127,7 @@ def join(
         share = tl.exp2(tl.load(largest + line + head) - peak)
         weight += share * tl.load(sums + line + head)
         total += share * tl.load(parts + line * D + column, mask=inside, other=0.0)
-    emit(total / weight, diagonal, hadamard, out, scale, static, row, K, KP,
+    emit(total * (1.0 / weight), diagonal, hadamard, out, scale, static, row, K, KP,
          BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)
 
 
