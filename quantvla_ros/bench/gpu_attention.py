@@ -42,7 +42,7 @@ def runner(case: tuple[int, int, int, int, int], split: Split, device: torch.dev
     take = Take(8, heads * width)
     out = Tokens(torch.empty(tokens, heads * width, dtype=torch.int8, device=device),
                  torch.empty(tokens, device=device))
-    parts = Parts.make(split.parts, tokens, heads, width, device)
+    parts = Parts.make(split.parts, tokens, heads, width, device, dtype)
     seen = torch.empty_like(q)
 
     def run() -> None:

@@ -103,7 +103,7 @@ def _attention(bench: Bench) -> dict[str, tuple[float, float]]:
             for _ in range(2))
     k[total:], v[total:] = torch.nan, torch.nan
     length = torch.tensor([known], dtype=torch.int32, device=bench.device)
-    parts = Parts.make(4, tokens, heads, width, bench.device)
+    parts = Parts.make(4, tokens, heads, width, bench.device, bench.dtype)
     for part in (parts.values, parts.sums, parts.largest):
         part.fill_(torch.nan)
     run_attend(q, Keys(k, v, 1, width, tokens, length), heads, parts,

@@ -76,7 +76,7 @@ class Machine:
         """Room for the splits of an attention."""
         floats = torch.float32
         return attention.Parts(
-            self.scratch('part values', splits, rows, heads * width, dtype=floats),
+            self.scratch('part values', splits, rows, heads * width),
             self.scratch('part sums', splits, rows, heads, dtype=floats),
             self.scratch('part largest', splits, rows, heads, dtype=floats))
 

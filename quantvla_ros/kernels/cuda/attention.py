@@ -2,7 +2,7 @@
 """Triton: few queries over a long cached run of keys, split along the keys; and its positions.
 
 Heads that share keys stand side by side as further rows of one tile, so that keys are read once
-for all of them. Each split leaves its unnormalised sum, its maximum and its weight; `join` puts
+for all of them. Each split leaves its own average, its maximum and its weight; `join` puts
 them together and, in the same pass, rotates and quantizes the token for the next product.
 How many keys there are is read from device memory: one captured graph serves prompts of any
 length up to the capacity it was planned for.
@@ -19,11 +19,7 @@ def line_of(base, row, stride, D: tl.constexpr, DP: tl.constexpr):
     """Rows of keys or values, (rows, DP), zero behind column D."""
     lane = tl.arange(0, DP)[None, :]
     place = base + row[:, None] * stride + lane
-    if D == DP:
-        tile = tl.load(place)
-    else:
-        tile = tl.load(place, mask=lane < D, other=0.0)
-    return tile
+    return tl.load(place) if D == DP else tl.load(place, mask=lane < D, other=0.0)
 
 
 @jit(do_not_specialize=['rows', 'extra'])
@@ -38,8 +34,9 @@ def attend(
 
     q (batch * tokens, q_stride): head g * SHARE + h at columns (g * SHARE + h) * D
     k, v (batch, S, stride): head g at columns g * D; S = length[0] (where LENGTH) + extra
-    out, where SPLIT is 1: (batch * tokens, out_stride) like q; else float32
-        out (SPLIT, batch * tokens, HEADS * D), sums and largest (SPLIT, batch * tokens, HEADS)
+    out, where SPLIT is 1: (batch * tokens, out_stride) like q; else
+        out (SPLIT, batch * tokens, HEADS * D), and in float32
+        sums and largest (SPLIT, batch * tokens, HEADS)
     factor: log2(e) / sqrt(D), so that the exponential is one of base two
     """
     if PDL:
@@ -85,15 +82,16 @@ def attend(
         tile_v = line_of(v + batch * v_batch + group * D, read, v_stride, D, DP)
         acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * fade[:, None], input_precision=PRECISION)
         peak = higher
+    # a split may begin behind the last key: it has seen nothing, and weighs nothing
+    acc = acc * tl.where(weight > 0.0, 1.0 / weight, 0.0)[:, None]
     if SPLIT == 1:
-        acc = acc * (1.0 / weight)[:, None]
         target = out + place * out_stride + head[:, None] * D + lane[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=known)
     else:
         all_rows = (tl.num_programs(2) // groups) * tokens
         line = split * all_rows + batch * tokens + token
         target = out + (line * HEADS + head)[:, None] * D + lane[None, :]
-        tl.store(target, acc, mask=known)
+        tl.store(target, acc.to(out.dtype.element_ty), mask=known)
         tl.store(sums + line * HEADS + head, weight, mask=row < rows)
         tl.store(largest + line * HEADS + head, peak, mask=row < rows)
 
@@ -124,9 +122,10 @@ def join(
     weight = tl.zeros_like(peak)
     for split in tl.static_range(SPLIT):
         line = (split * rows + row) * HEADS
-        share = tl.exp2(tl.load(largest + line + head) - peak)
-        weight += share * tl.load(sums + line + head)
-        total += share * tl.load(parts + line * D + column, mask=inside, other=0.0)
+        share = tl.exp2(tl.load(largest + line + head) - peak) * tl.load(sums + line + head)
+        weight += share
+        part = tl.load(parts + line * D + column, mask=inside, other=0.0)
+        total += share * part.to(tl.float32)
     emit(total * (1.0 / weight), diagonal, hadamard, out, scale, static, row, K, KP,
          BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)
 

@@ -138,10 +138,9 @@ def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip:
     """Attention as choose_split cuts it."""
     share = heads // groups
     split = launch_attention.choose_split(rows * share, keys, groups, width, chip)
-    out = '*bf16' if split.parts == 1 else '*fp32'
     numbers = ('rows', 'extra', 'q_stride', 'k_stride', 'v_stride', 'out_stride', 'k_batch',
                'v_batch', 'tokens')
-    types = {'q': '*bf16', 'k': '*bf16', 'v': '*bf16', 'out': out, 'sums': '*fp32',
+    types = {'q': '*bf16', 'k': '*bf16', 'v': '*bf16', 'out': '*bf16', 'sums': '*fp32',
              'largest': '*fp32', 'length': '*i32', 'factor': 'fp32',
              **dict.fromkeys(numbers, 'i32')}
     constants = {'SHARE': share, 'D': width, 'DP': 1 << (width - 1).bit_length(),
@@ -154,7 +153,7 @@ def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip:
 
 def join_case(heads: int, width: int, parts: int, top: int, rotate: bool) -> Case:
     """The splits of an attention into tokens."""
-    types = {'parts': '*fp32', 'sums': '*fp32', 'largest': '*fp32', 'diagonal': '*fp32',
+    types = {'parts': '*bf16', 'sums': '*fp32', 'largest': '*fp32', 'diagonal': '*fp32',
              'hadamard': '*i8', 'out': '*i8' if top else '*bf16', 'scale': '*fp32',
              'static': '*fp32', 'rows': 'i32', 'K': 'i32', 'KP': 'i32'}
     constants = {'BLOCKS': launch.blocks_of(heads * width), 'D': width, 'HEADS': heads,
