@@ -45,11 +45,11 @@ def emit(
             none = largest < 7.888609052210118e-31  # 2^-100
             step = tl.where(none, 1.0, tl.div_rn(largest, TOP * 1.0))
             inverse = tl.where(none, 0.0, tl.div_rn(TOP * 1.0, tl.where(none, 1.0, largest)))
-        y = tl.minimum(tl.maximum(x * inverse, -1e6), 1e6)
-        y = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest even integer
-        y = tl.minimum(tl.maximum(y, -TOP * 1.0), TOP * 1.0)
+        y = tl.minimum(tl.maximum(x * inverse, -TOP * 1.0), TOP * 1.0)
         y = tl.where(wild, 0.0, y)
-        tl.store(out + row * KP + column, y.to(tl.int8), mask=column < KP)
+        # 1.5 * 2^23 more rounds to the nearest even integer, and leaves it in the lowest bits
+        code = (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        tl.store(out + row * KP + column, code, mask=column < KP)
         tl.store(scale + row, tl.where(wild, float('nan'), step))
 
 
