@@ -22,10 +22,9 @@ def emit(
     BLOCKS: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
     STATIC: tl.constexpr, CAST: tl.constexpr,
 ):
-    """Store a token x (BLOCKS, 64): float where TOP is 0, else int8 with its scale."""
+    """Store a token x (BLOCKS, 64), zero behind K: float where TOP is 0, else int8, and a scale."""
     block, lane = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 64)[None, :]
     column = block * 64 + lane
-    x = tl.where(column < K, x, 0.0)
     if DIAGONAL:
         x = x * tl.load(diagonal + column, mask=column < K, other=0.0)
     if ROTATE:
@@ -45,8 +44,9 @@ def emit(
             none = largest < 7.888609052210118e-31  # 2^-100
             step = tl.where(none, 1.0, tl.div_rn(largest, TOP * 1.0))
             inverse = tl.where(none, 0.0, tl.div_rn(TOP * 1.0, tl.where(none, 1.0, largest)))
-        y = tl.minimum(tl.maximum(x * inverse, -TOP * 1.0), TOP * 1.0)
-        y = tl.where(wild, 0.0, y)
+        y = tl.where(wild, 0.0, x * inverse)
+        if STATIC:  # a dynamic scale lets nothing beyond TOP
+            y = tl.minimum(tl.maximum(y, -TOP * 1.0), TOP * 1.0)
         # 1.5 * 2^23 more rounds to the nearest even integer, and leaves it in the lowest bits
         code = (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
         tl.store(out + row * KP + column, code, mask=column < KP)
