@@ -60,6 +60,7 @@ HEAD = 256
 PART_US = 0.15  # what the norm behind a raw product spends on each split, about
 DRY = ((5, 96, 256, ''),)
 CPU = torch.device('cpu')
+FEW = 128  # tokens of a denoising step at most
 TOGETHER = 4  # tiles that a worker compiles in one task
 
 
@@ -72,6 +73,7 @@ class Shape:
     k: int
     kind: str
     follows: str
+    early: bool = False  # launched before the one ahead has ended, as in a denoising loop
 
     @property
     def gated(self) -> bool:
@@ -122,15 +124,16 @@ class Call:
         follows = self.shape.follows
         if follows == 'pair':
             launch_fused.run_pair(tokens, weight, self.out, 'gelu_tanh', tile=self.tile,
-                                  ahead=self.ahead)
+                                  pdl=self.shape.early, ahead=self.ahead)
         elif follows == 'turned':
             launch_fused.run_turned(tokens, weight, self.out, self.turn, tile=self.tile,
-                                    ahead=self.ahead)
+                                    pdl=self.shape.early, ahead=self.ahead)
         elif follows == 'raw':
-            launch_fused.run_raw(tokens, weight, self.out, self.tile, ahead=self.ahead)
+            launch_fused.run_raw(tokens, weight, self.out, self.tile, pdl=self.shape.early,
+                                 ahead=self.ahead)
         else:
             launch.run_product(tokens, weight, self.out, self.workspace, epilogue_of(up),
-                               tile=self.tile, ahead=self.ahead)
+                               tile=self.tile, pdl=self.shape.early, ahead=self.ahead)
 
     def seen(self, tokens: Tokens, weight: DeviceWeight) -> Tensor:
         """What came out, as Products.wanted has it."""
@@ -205,12 +208,12 @@ def compile_products(shape: Shape, some: list[tiles.Tile]) -> None:
                 tokens, weight, weight if shape.gated else None)
 
 
-def compile_attention(name: str, some: list[Split]) -> None:
+def compile_attention(name: str, early: bool, some: list[Split]) -> None:
     """The same for attention."""
     for split in some:
         with suppress(Exception):
             gpu_attention.runner(gpu_attention.CASES[name], split, CPU, torch.bfloat16,
-                                 ahead=True)()
+                                 early=early, ahead=True)()
 
 
 class Ahead:
@@ -222,11 +225,11 @@ class Ahead:
             max(1, (os.cpu_count() or 2) - 1), mp_context=get_context('spawn'),
             initializer=pretend, initargs=(capability(bench),))
 
-    def start(self, what: Callable[..., None], which: Any, some: list[Any]) -> list[Future[None]]:
+    def start(self, what: Callable[..., None], some: list[Any]) -> list[Future[None]]:
         """Compile candidates, a few in each task."""
         if self.pool is None:
             return []
-        return [self.pool.submit(what, which, some[i:i + TOGETHER])
+        return [self.pool.submit(what, some[i:i + TOGETHER])
                 for i in range(0, len(some), TOGETHER)]
 
     def end(self) -> None:
@@ -272,14 +275,16 @@ def shapes(bench: Bench) -> Iterator[Shape]:
     table: tuple[tuple[int, int, int, str], ...] = SHAPES
     if bench.dry or bench.quick:
         table = DRY if bench.dry else PI05[:7]
-    taken = tiles.ways(launch.chip_of(bench.device))
+    chip = launch.chip_of(bench.device)
+    taken = tiles.ways(chip)
     table = tuple(s for s in table if WAY_OF.get(s[3], s[3]) in {'', 'gated', *taken})
     for kinds in (('w8a8', 'w4a8'), ('w4a8g128',)):
         for m, n, k, follows in table:
             for kind in kinds:
                 group = gpu_gemm.OURS[kind][1]
                 if not group or (k % group == 0 and n > 1024):
-                    yield Shape(m, n, k, kind, follows)
+                    early = m <= FEW and tiles.early(kind.partition('g')[0], chip).loop
+                    yield Shape(m, n, k, kind, follows, early)
 
 
 def tune(bench: Bench, file: Path, *, attention: bool = True) -> None:
@@ -288,24 +293,31 @@ def tune(bench: Bench, file: Path, *, attention: bool = True) -> None:
     ahead = Ahead(bench)
     cut = 2 if bench.dry else None
     names = list(gpu_attention.CASES) if attention and not bench.dry else []
+    early = {name: gpu_attention.few(gpu_attention.CASES[name]) and
+             tiles.early('w8a8', chip).loop for name in names}
     splits = {name: gpu_attention.candidates(gpu_attention.CASES[name], chip) for name in names}
     waiting: dict[Any, tuple[list[Any], list[Future[None]]]] = {}
+
+    def begin(name: str) -> None:
+        waiting[name] = splits[name], ahead.start(
+            partial(compile_attention, name, early[name]), splits[name])
+
     for name in names[:3]:
-        waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])
+        begin(name)
     for shape in shapes(bench):
         problem = _problem(shape, bench)
         found = [tile for tile in tiles.candidates(problem, chip)
                  if tile.split == 1 or problem.follows not in ('pair', 'turned')][:cut]
-        waiting[shape] = found, ahead.start(compile_products, shape, found)
+        waiting[shape] = found, ahead.start(partial(compile_products, shape), found)
     for name in names[3:]:
-        waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])
+        begin(name)
     try:
         for what, (candidates, futures) in waiting.items():
             if not wait(futures, bench) or bench.deadline.left_s() < 10:
                 print('  the time is up', flush=True)
                 break
-            entry = (_tune_attention if isinstance(what, str) else _tune_product)(
-                what, candidates, bench)
+            entry = (_tune_attention(what, early[what], candidates, bench)
+                     if isinstance(what, str) else _tune_product(what, candidates, bench))
             if entry is not None:
                 print('  ' + json.dumps(entry), flush=True)
                 keep(file, chip.name, entry)
@@ -334,9 +346,10 @@ def _tune_product(shape: Shape, candidates: list[tiles.Tile], bench: Bench) -> A
             'us': round(least, 2), 'tried': len(candidates)}
 
 
-def _tune_attention(name: str, candidates: list[Split], bench: Bench) -> Any:
+def _tune_attention(name: str, early: bool, candidates: list[Split], bench: Bench) -> Any:
     case = gpu_attention.CASES[name]
-    best, least = fastest(candidates, lambda s: gpu_attention.measure(case, s, bench), bench)
+    best, least = fastest(
+        candidates, lambda s: gpu_attention.measure(case, s, bench, early=early), bench)
     if best is None:
         return None
     rows, keys, heads, groups, width = case

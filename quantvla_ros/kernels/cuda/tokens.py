@@ -22,7 +22,7 @@ def emit(
     BLOCKS: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
     STATIC: tl.constexpr, CAST: tl.constexpr,
 ):
-    """Store a token x (BLOCKS, 64), zero behind K: float where TOP is 0, else int8, and a scale."""
+    """Store a token x (BLOCKS, 64), zero behind K: floats where TOP is 0, else int8 and scale."""
     block, lane = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 64)[None, :]
     column = block * 64 + lane
     if DIAGONAL:
