@@ -169,14 +169,17 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     few = problem.m <= 128
     bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
     shapes = [(bm, 64, 4), (bm, 128, 8)] if few else [
-        (64, 128, 4), (128, 64, 4), (128, 128, 8), (256, 128, 8), (256, 64, 4)]
+        (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (256, 64, 4)]
     wide = problem.bits == 8
+    # Triton waits for every integer product, so that of many tokens long steps, or several
+    # programs on a processor, which few stages leave room for, keep the matrix units busy
     depths = [(128, 3), (128, 4), (256, 3) if wide else (64, 4)] if few else (
-        [(128, 3), (128, 4)] if wide else [(64, 4), (128, 3)])
+        [(128, 2), (128, 3), (256, 2)] if wide else [(64, 3), (128, 2), (128, 3)])
     found = []
     for (bm, bn, warps), (bk, stages), bulk in product(shapes, depths, (1, 0)):
         sums = bm * bn * (2 if problem.gated else 1) // (32 * warps)
-        if sums > 128 or bulk > chip.bulk or (not few and not bulk and bm * bn > 128 * 128):
+        if sums > 128 or bulk > chip.bulk or (
+                chip.bulk and not few and not bulk and (bm, bn, stages) != (128, 128, 3)):
             continue
         programs = -(-problem.n // bn) * -(-problem.m // bm)
         for split in (1, 2, 4, 8, 16) if few else (1, 2):
