@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--tune', action='store_true',
                         help='time every tile of every shape and write tiles.json')
     parser.add_argument('--ways', default='', help='kernels that tiles.json does not choose yet, '
-                        'by comma, or all: pair, turn, raw, widen')
+                        'by comma, or all: pair, turn, raw')
     parser.add_argument('--tiles', type=Path, help='where --tune writes; default: the package')
     parser.add_argument('--budget', type=float, default=BUDGET_S, metavar='SECONDS',
                         help='what would end later is left out and named')

@@ -133,7 +133,6 @@ class IntegerProjection:
     ) -> None:
         weight, bias = layer.folded()
         self.weight = to_device(weight, device)
-        self.wide: DeviceWeight | None = None  # the same with 8-bit codes; see cuda_widen.py
         self.bias = None if bias is None else bias.float().to(device)
         self.n, self.k = self.weight.shape
         self.act_bits = layer.scheme.act_bits
@@ -180,13 +179,8 @@ class IntegerProjection:
         """Write the product with its epilogue; the bias is the layer's own."""
         whole = Epilogue(self.bias, epilogue.act, epilogue.up, epilogue.up_bias, epilogue.gate,
                          epilogue.residual)
-        launch.run_product(self.tokens(tokens, step), self.read, out, self.machine.workspace,
+        launch.run_product(self.tokens(tokens, step), self.weight, out, self.machine.workspace,
                            whole, pdl=self.machine.pdl)
-
-    @property
-    def read(self) -> DeviceWeight:
-        """The weight as products read it."""
-        return self.wide or self.weight
 
     def sums(self, tokens: Tokens, gate: Tensor | None, step: int) -> Branch | None:
         """Leave a split product's raw sums to the next norm, for few tokens; None for others."""
@@ -327,7 +321,7 @@ class Group:
         part = self.parts[0]
         assert isinstance(part, IntegerProjection)
         tokens = part.tokens(stream.tokens(part.take(step), norm), step)
-        launch_fused.run_turned(tokens, part.read, q, turn, part.bias, pdl=self.machine.pdl)
+        launch_fused.run_turned(tokens, part.weight, q, turn, part.bias, pdl=self.machine.pdl)
 
     def run(
         self, stream: Stream, norm: Norm, out: Tensor, *, rows: int = 0, step: int = 0

@@ -12,7 +12,6 @@ from quantvla_ros.kernels.cuda.launch import run_product
 from quantvla_ros.kernels.cuda.launch_attention import Turn, run_turn
 from quantvla_ros.kernels.cuda.launch_fused import Turned, run_pair, run_raw, run_turned
 from quantvla_ros.kernels.cuda.tiles import Tile
-from quantvla_ros.kernels.cuda.widen import room, run_widen, wide_view
 
 
 @pytest.mark.parametrize(('bits', 'group'), [(8, 0), (4, 0), (4, 128)])
@@ -36,14 +35,6 @@ def test_halves_of_different_bits_make_no_pair(device):
     odd = pack.to_device(random_weight(8, 12, 128), device)
     with pytest.raises(ValueError, match='rows come in eights; 12 do not'):
         pack.interleaved(odd, odd)
-
-
-@pytest.mark.parametrize(('group', 'columns'), [(0, 384), (0, 512), (128, 512), (32, 128)])
-def test_wide_weight_holds_the_codes_of_the_narrow_one(group, columns, device):
-    weight = pack.to_device(random_weight(4, 70, columns, group), device)
-    wide = wide_view(weight, torch.full((room(weight),), 99, dtype=torch.int8, device=device))
-    run_widen(weight, wide)
-    assert torch.equal(wide.data, pack.from_nibbles(weight.data, weight.pack))
 
 
 @pytest.mark.parametrize(('bits', 'group'), [(8, 0), (4, 0), (4, 128)])

@@ -123,34 +123,22 @@ def asked():
     tiles.ask(())
 
 
-@pytest.fixture(scope='module')
-def proven(device):
-    """The chunk without any way, and how to serve it with some."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, 'by_rule', lambda *_: Tile(16, 64, 32, 2, 4, 2))
-        patch.setattr(launch_attention, 'choose_split',
-                      lambda *_: launch_attention.Split(16, 16, 2, 4, 1))
-        torch.manual_seed(5)
-        model = tiny.made('pi05')
-        inputs = tiny.inputs(model)
-        layers = tiny.quantized(model, 'w4a8')
-
-        def serve(ways):
-            tiles.ask(ways)
-            here = copy.deepcopy(model)
-            replace_linears(here, copy.deepcopy(layers), HeldLayer)
-            made = tiny.engine('pi05', here, device)
-            chunk = served(made, *inputs)
-            assert (made.graphs.plan.widener is not None) is ('widen' in ways)
-            return chunk
-
-        yield serve([]), serve
-
-
-@pytest.mark.parametrize('ways', [['pair'], ['turn'], ['raw'], list(tiles.WAYS)])
-def test_every_way_gives_what_the_proven_kernels_give(ways, proven, asked):
-    wanted, serve = proven
-    assert error(serve(ways), wanted) < 2e-5
+def test_all_ways_together_give_what_the_proven_kernels_give(device, asked, monkeypatch):
+    model = tiny.made('pi05')
+    inputs = tiny.inputs(model)
+    layers = tiny.quantized(model, 'w4a8')
+    monkeypatch.setattr(tiles, 'by_rule', lambda *_: Tile(16, 64, 32, 2, 4, 2))
+    monkeypatch.setattr(launch_attention, 'choose_split',
+                        lambda *_: launch_attention.Split(16, 16, 2, 4, 1))
+    chunks = []
+    for ways in ([], list(tiles.WAYS)):
+        asked(ways)
+        here = copy.deepcopy(model)
+        replace_linears(here, copy.deepcopy(layers), HeldLayer)
+        made = tiny.engine('pi05', here, device)
+        chunks.append(served(made, *inputs))
+        assert made.graphs.plan.machine.ways == set(ways)
+    assert error(*chunks) < 2e-5
 
 
 def test_unknown_way_is_refused(asked):

@@ -207,12 +207,11 @@ class Early:
 
 
 NOWHERE = Early()
-# what fused.py and widen.py offer beyond the kernels that have run on a card
+# what fused.py offers beyond product.py
 WAYS = {
-    'pair': 'gate and up in one product, their rows in turns',
+    'pair': 'gate and up in one product, in eights of rows',
     'turn': 'positions and the cache in the epilogue of queries, keys and values',
     'raw': 'sums of split products added up by the next norm',
-    'widen': '4-bit weights of a prefix made 8-bit ones a layer ahead',
 }
 _asked: set[str] = set()
 
