@@ -24,6 +24,7 @@ SECTIONS = {
     'compile': 'registers, shared memory and spills of every kernel on four chips',
     'check': 'everything against float64 and the modules, on poisoned outputs',
     'ceilings': 'what this card copies and multiplies at best',
+    'ways': 'what each way of joining kernels is worth in a whole chunk',
     'chunk': 'whole chunks of full-size networks at every precision',
     'memory': 'peak device memory of whole processes',
     'attention': 'attention and its splits against the library',
@@ -33,7 +34,7 @@ SECTIONS = {
     'profile': 'where the time of a chunk goes, kernel by kernel',
 }
 ALONE = ('estimate', 'compile')  # need no card
-ASKED = ('compile', 'sanitize', 'profile')  # run only when named
+ASKED = ('compile', 'sanitize', 'profile', 'ways')  # run only when named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +75,7 @@ def runners() -> dict[str, Callable[[Any], Any]]:
         gpu_profile,
         gpu_ros,
         gpu_time,
+        gpu_ways,
     )
 
     def ceilings(bench: Any) -> Any:
@@ -88,7 +90,8 @@ def runners() -> dict[str, Callable[[Any], Any]]:
 
     return {'check': gpu_check.checks, 'ceilings': ceilings, 'chunk': gpu_chunk.chunks,
             'memory': gpu_chunk.memory, 'attention': gpu_attention.table, 'gemm': gemm,
-            'ros': gpu_ros.serve, 'profile': gpu_profile.profiles, 'sanitize': gpu_check.sanitize}
+            'ros': gpu_ros.serve, 'profile': gpu_profile.profiles,
+            'ways': gpu_ways.compare, 'sanitize': gpu_check.sanitize}
 
 
 def make_bench(args: argparse.Namespace) -> Any:
