@@ -21,7 +21,7 @@ from quantvla_ros.bench.gpu_estimate import estimate
 BUDGET_S = 520.0
 SECTIONS = {
     'estimate': 'what boards that are not here could do at best (an estimate)',
-    'compile': 'registers, shared memory and spills of every kernel on four chips',
+    'compile': 'registers, shared memory, spills, instructions of every kernel on four chips',
     'check': 'everything against float64 and the modules, on poisoned outputs',
     'ceilings': 'what this card copies and multiplies at best',
     'ways': 'what each way of joining kernels is worth in a whole chunk',
@@ -121,12 +121,13 @@ def compile_report(_: Any) -> list[dict[str, Any]]:
 
     rows = []
     for capability in resources.CHIPS:
-        print(f'  sm_{capability}'.ljust(52) + 'shared  regs  stack  copies')
+        print(f'  sm_{capability}'.ljust(52) + 'shared  regs  stack  copies  instructions')
         for case in resources.cases(resources.chip(capability)):
             used = resources.usage(case, capability)
             rows.append(vars(used))
             print(f'    {used.name:<46} {used.shared:>7} {used.registers:>5} {used.stack:>6} '
-                  f'{used.copies:>7}  {used.matrix} {resources.problem_with(used)}', flush=True)
+                  f'{used.copies:>7} {used.instructions:>13}  {used.matrix} '
+                  f'{resources.problem_with(used)}', flush=True)
     return rows
 
 

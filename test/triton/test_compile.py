@@ -42,6 +42,11 @@ def test_kernel_compiles_and_fits_its_chip(chip, case):
         assert used.copies >= 8
 
 
+def test_four_nibbles_are_unpacked_at_once():
+    kernel = resources.compiled(resources.product_case(4, 0, 50, 1024, 4096, False, HOPPER), 90)
+    assert kernel.asm['ptx'].count('0xF0F0F0F0') >= 2
+
+
 def test_what_does_not_fit_is_told():
     case = resources.product_case(8, 0, 968, 2048, 4096, False, ORIN,
                                   tile=Tile(128, 128, 256, 4, 8, 1))

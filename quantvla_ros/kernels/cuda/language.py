@@ -17,17 +17,23 @@ try:
     import triton.language as tl
 
     jit: Any = triton.jit
+    constant: Any = tl.constexpr
     MISSING = ''
-    # the interpreter knows no machine code; what is written in it stands there in words besides
-    MACHINE = tl.constexpr(os.environ.get(VARIABLE) != '1')
 except ImportError as error:
-    triton = tl = MACHINE = None
+    triton = tl = None
 
     def jit(function: Any = None, **options: Any) -> Any:
         """Leave the kernel as it is: it can be read, not run."""
         del options
         return function or jit
 
+    def constant(value: Any) -> Any:
+        """Leave a constant that kernels read as it is."""
+        return value
+
     MISSING = f'Triton cannot be imported ({error}); install it: pip install triton'
 
-__all__ = ['MACHINE', 'MISSING', 'VARIABLE', 'jit', 'tl', 'triton']
+# the interpreter knows no machine code; what is written in it stands there in words besides
+MACHINE = constant(os.environ.get(VARIABLE) != '1')
+
+__all__ = ['MACHINE', 'MISSING', 'VARIABLE', 'constant', 'jit', 'tl', 'triton']

@@ -19,18 +19,22 @@ With BULK, x, w and up are descriptors of these: Hopper's copy engine then fetch
 
 from __future__ import annotations
 
-from quantvla_ros.kernels.cuda.language import MACHINE, jit, tl
+from quantvla_ros.kernels.cuda.language import MACHINE, constant, jit, tl
+
+# $0 = 1 / (1 + 2^$1); by itself the compiler guards against denormals, in twice the time
+SHARE = constant('{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000; '
+                 'rcp.approx.ftz.f32 $0, t; }')
+# $0, $1 = low and high nibbles of four bytes $2, times 16; the compiler would part the bytes
+NIBBLES = constant('{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $1, $2, 0xF0F0F0F0; '
+                   'and.b32 $0, t, 0xF0F0F0F0; }')
 
 
 @jit
 def damped(x, power):
-    """x / (1 + 2^power). By itself the compiler guards against denormals, in twice the time."""
+    """x / (1 + 2^power)."""
     if MACHINE:
-        share = tl.inline_asm_elementwise(
-            '{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000; '
-            'rcp.approx.ftz.f32 $0, t; }',
-            '=f,f', [power], dtype=tl.float32, is_pure=True, pack=1)
-        x = x * share
+        x = x * tl.inline_asm_elementwise(SHARE, '=f,f', [power], dtype=tl.float32,
+                                          is_pure=True, pack=1)
     else:
         x = x / (1.0 + tl.exp2(power))
     return x
@@ -48,15 +52,10 @@ def activate(x, ACT: tl.constexpr):
 
 @jit
 def sixteenfold(packed):
-    """16 times the low and 16 times the high nibbles of bytes, as int8.
-
-    Four bytes at once in a register; the compiler would take them apart for the shift.
-    """
+    """16 times the low and 16 times the high nibbles of bytes, as int8."""
     if MACHINE:
         low, high = tl.inline_asm_elementwise(
-            '{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $1, $2, 0xF0F0F0F0; '
-            'and.b32 $0, t, 0xF0F0F0F0; }',
-            '=r,=r,r', [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+            NIBBLES, '=r,=r,r', [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
     else:
         low, high = (packed << 4).to(tl.int8), packed & -16
     return low, high

@@ -58,14 +58,15 @@ class Case:
 @dataclass(frozen=True)
 class Usage:
     """What a compiled kernel takes: bytes of a program's shared memory, registers of a thread,
-    bytes of a thread's stack (spills among them), instructions of its matrix units, and bytes of
-    the narrowest copy in its pipeline (0: it has none, so that nothing is loaded ahead)."""
+    bytes of a thread's stack (spills among them), machine instructions, those of its matrix
+    units, and bytes of the narrowest copy in its pipeline (0: nothing is loaded ahead)."""
 
     name: str
     chip: int
     shared: int
     registers: int
     stack: int
+    instructions: int
     matrix: str
     copies: int
 
@@ -242,23 +243,23 @@ def usage(case: Case, capability: int) -> Usage:
     widths = [int(width, 0) for width in copies]
     if 'cp.async.bulk.tensor' in ptx:
         widths.append(BULK)
-    registers, stack = _machine_code(kernel.asm['cubin'])
-    return Usage(case.name, capability, int(kernel.metadata.shared), registers, stack, matrix,
-                 min(widths, default=0))
+    return Usage(case.name, capability, int(kernel.metadata.shared),
+                 *_machine_code(kernel.asm['cubin']), matrix, min(widths, default=0))
 
 
-def _machine_code(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack of a thread, as cuobjdump reads them."""
+def _machine_code(cubin: bytes) -> tuple[int, int, int]:
+    """Registers and stack of a thread, and instructions, as cuobjdump reads them."""
     tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([str(tool), '-res-usage', file.name], capture_output=True,
+        done = subprocess.run([str(tool), '-res-usage', '-sass', file.name], capture_output=True,
                               text=True, check=True)
     found = re.search(r'REG:(\d+) STACK:(\d+)', done.stdout)
-    if not found:
+    lines = re.findall(r'/\*[0-9a-f]{4,}\*/\s+[^/\s][^;]*;', done.stdout)
+    if not found or not lines:
         raise RuntimeError(f'cuobjdump said: {done.stdout}')
-    return int(found[1]), int(found[2])
+    return int(found[1]), int(found[2]), len(lines)
 
 
 def chip(capability: int) -> Chip:
