@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each way of kernels/cuda/fused.py is worth in a whole chunk of pi0.5, alone and together.
 
-`ways` of a chip in tiles.json should hold what wins here, after `--tune --ways all`.
+`ways` of a chip in tiles.json should hold what wins here, after `--tune --ways all`. Those that
+stand there already are taken in every row.
 """
 
 from __future__ import annotations

@@ -69,6 +69,17 @@ def test_every_chosen_tile_can_run(chip, bits):
                 assert tile.bn in (64, 128)  # rows are padded to 128, and read without a mask
 
 
+def test_rule_leaves_no_half_of_a_chip_idle():
+    for bits in (4, 8):
+        for m, n, kp in ((512, 1152, 1152), (512, 1152, 4352), (560, 2048, 2048)):
+            problem = Problem(bits, m, n, kp, 0, 256 if kp % 256 == 0 else 128)
+            tile = tiles.by_rule(problem, HOPPER)
+            assert tiles.programs_of(tile, problem) * tile.split >= HOPPER.processors / 2
+    large = tiles.by_rule(Problem(8, 968, 16384, 2048), HOPPER)
+    assert (large.bm, large.bn, large.split) == (128, 128, 1)
+    assert tiles.by_rule(Problem(8, 512, 1152, 1152), ORIN).bn == 128  # 16 processors are full
+
+
 def test_nearest_stored_tile_is_taken_and_a_far_one_is_not():
     table = {'sm_90': {'tiles': [
         {'kind': 'w8a8', 'm': 50, 'n': 4096, 'k': 1024, 'tile': [64, 128, 64, 2, 4, 1]},

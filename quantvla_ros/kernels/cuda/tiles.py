@@ -122,15 +122,25 @@ def _nearest(problem: Problem, chip: Chip, table: Mapping[str, Any]) -> Tile | N
     return Tile(*best['tile'])
 
 
+def programs_of(tile: Tile, problem: Problem) -> int:
+    """Programs of a tile, before they are split."""
+    return -(-problem.n // tile.bn) * -(-problem.m // tile.bm)
+
+
 def by_rule(problem: Problem, chip: Chip) -> Tile:
-    """A tile for a chip that nobody has tuned: small for few tokens, split to fill the chip."""
+    """A tile for a chip that nobody has tuned: smaller, then split, until it fills the chip."""
     if problem.m > 128:
         two = problem.gated or problem.group  # two accumulators
         warps = 4 if problem.bits == 8 and not two else 8  # by the compiler's count of registers
-        return Tile(64 if two else 128, 128, 128 if problem.bits == 8 else 64, 3, warps, 1)
+        tile = Tile(64 if two else 128, 128, 128 if problem.bits == 8 else 64, 3, warps, 1)
+        if programs_of(tile, problem) < chip.processors:
+            tile = replace(tile, bn=64, warps=4)
+        if programs_of(tile, problem) * 2 <= chip.processors and steps_of(tile, problem) >= 8:
+            tile = replace(tile, split=2)
+        return tile
     bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
     tile = Tile(bm, 64, 128, 4, 4, 1)
-    programs = -(-problem.n // tile.bn) * -(-problem.m // bm)
+    programs = programs_of(tile, problem)
     steps = problem.row_bytes // tile.bk
     split = 1
     while programs * split * 2 <= 2 * chip.processors and steps // (split * 2) >= 4:
@@ -181,7 +191,7 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
         if sums > 128 or bulk > chip.bulk or (
                 chip.bulk and not few and not bulk and (bm, bn, stages) != (128, 128, 3)):
             continue
-        programs = -(-problem.n // bn) * -(-problem.m // bm)
+        programs = programs_of(Tile(bm, bn, bk, stages, warps, 1), problem)
         for split in (1, 2, 4, 8, 16) if few else (1, 2):
             # more than the chip holds at once only costs the sums, less leaves it idle
             filled = programs * split / chip.processors
