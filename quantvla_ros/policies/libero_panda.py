@@ -28,7 +28,7 @@ from quantvla_ros.policies.libero_looks import HEAD, Seen, hooked
 from quantvla_ros.policies.libero_program import ChunkProgram, RecordedContext
 from quantvla_ros.policies.libero_quantized import find_artifact, read_quantized
 from quantvla_ros.policies.libero_vla import Context, LiberoVlaNet
-from quantvla_ros.policies.threads import take_threads
+from quantvla_ros.policies.threads import one_thread_of_torch, take_threads
 from quantvla_ros.quant.calibrated import NEWEST, Calibration, find_calibration
 from quantvla_ros.quant.linear import denoising_step
 from quantvla_ros.resources import share_path
@@ -222,7 +222,7 @@ class LiberoVla:
         (steps, blocks, PARTS, 1, width); again when the layers that make it have changed.
         """
         times = torch.tensor(flow.flow_times(self.steps))
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread_of_torch():
             table = net.modulation(times.to(net.action.time_in.weight.device))
         self.modulation = table.to(self.device, self.dtype)
 

@@ -25,6 +25,7 @@ from quantvla_ros.kernels.windows import WindowLinear
 from quantvla_ros.policies.flow import flow_times
 from quantvla_ros.policies.libero_parts import Part, PartOf, Stored, stacked, stored_part
 from quantvla_ros.policies.libero_vla import HEAD_WIDTH, NORM_EPS, ActionBlock, Block, LiberoVlaNet
+from quantvla_ros.policies.threads import one_thread_of_torch
 
 
 class RecordedContext:
@@ -68,6 +69,7 @@ class ChunkProgram:
         # what a context keeps: the keys in the kernels' order, or for the reference as they are
         self._kept = self.cells if self.cells.numel() else self.keys_values
         self._step: int | None = None  # the denoising step that is being recorded
+        self._rooms: dict[str, Tensor] = {}
         # whose keys and values lie in the buffers
         self._owner: Callable[[], RecordedContext | None] = lambda: None
         with torch.no_grad():
@@ -114,6 +116,17 @@ class ChunkProgram:
                            residual=residual, act_scale=part.act_scale(self._step), name=name)
             column = end
 
+    def _room(self, which: str, rows: int, columns: int) -> Tensor:
+        """Memory for what is read soon after it was written, the same for all blocks and steps.
+
+        Each with memory of its own would write to what no cache holds. Narrow and wide are
+        different memory; of either only one is in use at a time.
+        """
+        size, room = rows * columns, self._rooms.get(which)
+        if room is None or room.numel() < size:
+            room = self._rooms[which] = torch.empty(size)
+        return room[:size].view(rows, columns)
+
     def _name(self, *modules: nn.Module) -> str:
         """Name what a call reads for: see Program.look."""
         return '|'.join(self._names[module] for module in modules)
@@ -122,7 +135,7 @@ class ChunkProgram:
         self, program: Program, mlp: nn.Module, x: Tensor, norm: Norm, gate: Tensor | None
     ) -> None:
         first, up = cast(nn.Module, mlp.gate_proj), cast(nn.Module, mlp.up_proj)
-        hidden = torch.empty(len(x), cast(int, first.out_features))
+        hidden = self._room('wide', len(x), cast(int, first.out_features))
         if self._part_of(first).joins(self._part_of(up)):
             self._put(program, [first], x, hidden, norm, activation='silu', up=up)
         else:
@@ -134,7 +147,8 @@ class ChunkProgram:
         """A vision or backbone block on x in place."""
         attn = block.attn
         width, pair = attn.heads * HEAD_WIDTH, attn.kv_heads * HEAD_WIDTH
-        qkv, out = torch.empty(len(x), width + 2 * pair), torch.empty(len(x), width)
+        qkv = self._room('wide', len(x), width + 2 * pair)
+        out = self._room('narrow', len(x), width)
         self._put(program, [attn.q_proj, attn.k_proj, attn.v_proj], x, qkv,
                   Norm(NORM_EPS, block.attn_norm.weight.detach()))
         q, k, v = qkv.split([width, pair, pair], 1)
@@ -146,7 +160,7 @@ class ChunkProgram:
             self._gated(program, block.mlp, x, norm, None)
             return
         fc1 = cast(nn.Module, block.mlp.fc1)
-        hidden = torch.empty(len(x), cast(int, fc1.out_features))
+        hidden = self._room('wide', len(x), cast(int, fc1.out_features))
         self._put(program, [fc1], x, hidden, norm, activation='gelu_tanh')
         self._put(program, [cast(nn.Module, block.mlp.fc2)], hidden, x, residual=x)
 
@@ -204,8 +218,8 @@ class ChunkProgram:
 
     def _record_steps(self) -> list[Program]:
         net, c = self.net, self.net.config
-        # (steps, blocks, 9, width)
-        self.modulation = net.modulation(torch.tensor(flow_times(self.steps)))[:, :, :, 0]
+        with one_thread_of_torch():  # (steps, blocks, 9, width)
+            self.modulation = net.modulation(torch.tensor(flow_times(self.steps)))[:, :, :, 0]
         self.modulation = self.modulation.contiguous()
         h = torch.empty(c.chunk, c.action_width)
         programs = []
@@ -226,7 +240,8 @@ class ChunkProgram:
     ) -> None:
         attn, cross, eps = block.attn, block.cross, NORM_EPS
         width, pair = attn.heads * HEAD_WIDTH, attn.kv_heads * HEAD_WIDTH
-        qkv, out = torch.empty(len(h), width + 2 * pair), torch.empty(len(h), width)
+        qkv = self._room('wide', len(h), width + 2 * pair)
+        out = self._room('narrow', len(h), width)
         q, k, v = qkv.split([width, pair, pair], 1)
         self._put(program, [attn.q_proj, attn.k_proj, attn.v_proj], h, qkv, Norm(eps, m[1], m[0]))
         program.attention(q, k, v, out, heads=attn.heads, kv_heads=attn.kv_heads,

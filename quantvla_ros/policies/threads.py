@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from quantvla_ros.kernels import dispatch
@@ -19,3 +22,16 @@ def take_threads(count: int) -> None:
     if count:
         torch.set_num_threads(count)
         dispatch.set_threads(count)
+
+
+@contextmanager
+def one_thread_of_torch() -> Iterator[None]:
+    """Let torch compute with one thread inside: tables made at load, whose bits must not depend
+    on the number of threads. A last bit there is a rounding step of the integers behind it.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)

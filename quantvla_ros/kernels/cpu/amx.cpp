@@ -24,6 +24,10 @@ struct alignas(64) TileConfig {
 
 thread_local int configured = 0;  // height of the strips that this thread's tiles are made for
 
+// The compiler's tile instructions do not say which memory they read: what was written must be
+// there before they do. A configuration was loaded once before its rows had been stored.
+inline void settle() { asm volatile("" ::: "memory"); }
+
 inline void configure(int height) {
   if (configured == height) return;
   TileConfig config;
@@ -33,6 +37,7 @@ inline void configure(int height) {
     config.bytes[i] = 64;
     config.rows[i] = static_cast<uint8_t>(rows[i]);
   }
+  asm volatile("" ::"r"(&config) : "memory");
   _tile_loadconfig(&config);
   configured = height;
 }
@@ -40,8 +45,11 @@ inline void configure(int height) {
 struct Isa : Vnni512 {
   static constexpr const char* NAME = "amx";
   static constexpr bool OWN_BLOCKS = true;
-  static constexpr int64_t STEP = 64, DEEP = 1024;  // columns of a tile, of a piece
-  static constexpr int64_t ACROSS = NR * KK;        // bytes of one quad of columns of a panel
+  static constexpr int64_t STEP = 64;  // columns of a tile
+  // Columns of a piece: of many strips the sums are carried seldom, of one or two the piece of W
+  // that is unpacked stays in the first-level cache.
+  static constexpr int64_t DEEP = 1024, SHALLOW = 256;
+  static constexpr int64_t ACROSS = NR * KK;  // bytes of one quad of columns of a panel
 
   static int32_t ready() {
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl
@@ -60,22 +68,13 @@ struct Isa : Vnni512 {
     int64_t ldx;
     uint8_t* weights;
     const uint8_t* packed;
-    const uint8_t* ahead;  // the piece behind this one, asked for by the first strip; or null
   };
-
-  // Ask for what stands one piece behind these columns: `share` of `shares` in this step.
-  template <int BITS>
-  static void fetch_ahead(const Strip& s, int64_t column, int share, int shares) {
-    if (!s.ahead) return;
-    const int64_t bytes = STEP * NR * BITS / 8 / shares;
-    const uint8_t* at = s.ahead + column * NR * BITS / 8 + share * bytes;
-    for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(at + line, _MM_HINT_T1);
-  }
 
   template <int BITS>
   static void unpack_step(const Strip& s, int64_t column) {
     if constexpr (BITS < 8)
       unpack<BITS>(s.packed + column * NR * BITS / 8, STEP, s.weights + column * NR);
+    settle();
   }
 
   static void clear() {
@@ -110,7 +109,6 @@ struct Isa : Vnni512 {
     const int8_t* low = s.x + 16 * s.ldx;
     for (int64_t c = begin; c < end; c += STEP) {
       if (s.packed && c + STEP < end) unpack_step<BITS>(s, c + STEP);
-      fetch_ahead<BITS>(s, c, half, 2);
       const uint8_t* w = s.weights + c * NR + 128 * half;
       _tile_loadd(4, s.x + c, s.ldx);
       _tile_loadd(6, w, ACROSS);
@@ -128,7 +126,6 @@ struct Isa : Vnni512 {
   static void flat_product(const Strip& s, int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c += STEP) {
       if (s.packed && c + STEP < end) unpack_step<BITS>(s, c + STEP);
-      fetch_ahead<BITS>(s, c, 0, 1);
       const uint8_t* w = s.weights + c * NR;
       _tile_loadd(4, s.x + c, s.ldx);
       _tile_loadd(6, w, ACROSS);
@@ -146,6 +143,7 @@ struct Isa : Vnni512 {
   template <int BITS>
   static void strip_sums(Strip& s, int64_t begin, int64_t end, int height, bool carry, float* out) {
     if (s.packed) unpack_step<BITS>(s, begin);
+    settle();
     const bool tall = height > 16;
     for (int half = 0; half < (tall ? 2 : 1); ++half) {
       if (carry)
@@ -190,13 +188,13 @@ struct Isa : Vnni512 {
     const int64_t strips = (rows + 31) / 32, height = (rows + strips - 1) / strips;
     configure(static_cast<int>(height));
     const int64_t columns = t.groups * t.group;
-    for (int64_t c = 0; c < columns; c += DEEP) {
-      const int64_t count = columns - c < DEEP ? columns - c : DEEP;
+    const int64_t deep = BITS < 8 && strips <= 2 && t.groups == 1 ? SHALLOW : DEEP;
+    for (int64_t c = 0; c < columns; c += deep) {
+      const int64_t count = columns - c < deep ? columns - c : deep;
       const uint8_t* panel = t.panel + c * NR * BITS / 8;
       for (int64_t row = 0; row < rows; row += height) {
         Strip s{t.x + row * t.ldx + c, t.ldx, BITS < 8 ? unpacked : const_cast<uint8_t*>(panel),
-                BITS < 8 && row == 0 ? panel : nullptr,
-                row == 0 ? panel + DEEP * NR * BITS / 8 : nullptr};
+                BITS < 8 && row == 0 ? panel : nullptr};
         const uint8_t* fresh = s.packed;
         float* out = t.out + row * NR;
         const int64_t real = rows - row < height ? rows - row : height;

@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int QUERIES = VL == 16 ? 8 : 4;  // whose sums stay in registers together
+constexpr int64_t MAX_DIM = 1024;          // of a head
 constexpr int GROUPS = 2;                  // of so many queries, of a task with many of them
 
 // out (QUERIES, 2 VL) = a (QUERIES, depth) b (depth, 2 VL).
@@ -20,7 +21,7 @@ inline __attribute__((always_inline)) void small_tile(const float* a, int64_t ld
     const Floats first = load(b), second = load(b + VL);
 #pragma GCC unroll 8
     for (int i = 0; i < QUERIES; ++i) {
-      const float factor = a[i * lda + d];
+      const Floats factor = broadcast_from(a + i * lda + d);
       sum[i][0] += first * factor;
       sum[i][1] += second * factor;
     }
@@ -41,8 +42,8 @@ inline void small_product(const float* a, int64_t lda, const float* b, int64_t l
       small_tile(a + i * lda, lda, b + j, ldb, depth, out + i * ldo + j, ldo);
 }
 
-// Turn scores into weights that sum to one; the padding beyond n gets weight zero.
-inline void softmax(float* scores, int64_t n, int64_t padded) {
+// Turn scores into weights, zero in the padding beyond n; return one over their sum.
+inline float softmax(float* scores, int64_t n, int64_t padded) {
   Ints lane;
   for (int i = 0; i < VL; ++i) lane[i] = i;
   Floats top = load(scores);
@@ -67,9 +68,8 @@ inline void softmax(float* scores, int64_t n, int64_t padded) {
     total += e;
     whole += VL;
   }
-  const Floats inverse = splat(1.0f / sum(total));
-  for (int64_t j = 0; j < whole; j += VL) store(scores + j, load(scores + j) * inverse);
   for (int64_t j = whole; j < padded; j += VL) store(scores + j, Floats{});
+  return 1.0f / sum(total);
 }
 
 struct Attention {
@@ -86,30 +86,44 @@ struct Attention {
   }
   float* values(int64_t index) const { return keys(index) + padded * call.head_dim; }
 
-  // STEP: floats from one value of y to the next, 0 for a row of transposed keys.
-  template <int STEP>
+  // y = x * factor, rotated by its position where there is a table.
   void rotate(const float* x, int64_t position, float factor, float* y) const {
-    const int64_t h = half(), step = STEP ? STEP : padded;
+    const int64_t h = half();
     if (!call.cos) {
-      for (int64_t d = 0; d < 2 * h; ++d) y[d * step] = x[d] * factor;
+      for (int64_t d = 0; d < 2 * h; d += VL) store(y + d, load(x + d) * splat(factor));
       return;
     }
     const float* c = call.cos + position * h;
     const float* s = call.sin + position * h;
-    for (int64_t d = 0; d < h; ++d) {
-      y[d * step] = (x[d] * c[d] - x[h + d] * s[d]) * factor;
-      y[(h + d) * step] = (x[h + d] * c[d] + x[d] * s[d]) * factor;
+    for (int64_t d = 0; d < h; d += VL) {
+      const Floats a = load(x + d), b = load(x + h + d), cosine = load(c + d), sine = load(s + d);
+      store(y + d, (a * cosine - b * sine) * splat(factor));
+      store(y + h + d, (b * cosine + a * sine) * splat(factor));
     }
   }
 
+  // Keys become columns, VL of them at a time; the padding stays zero.
   void gather(int64_t t) const {
-    const int64_t batch = t / call.kv_heads, head = t % call.kv_heads;
-    std::memset(keys(t), 0, static_cast<size_t>(cell()) * 4);
-    for (int64_t s = 0; s < call.keys; ++s) {
-      const int64_t row = batch * call.keys + s;
-      rotate<0>(call.k + row * call.ldk + head * call.head_dim, s, 1.0f, keys(t) + s);
-      std::memcpy(values(t) + s * call.head_dim, call.v + row * call.ldv + head * call.head_dim,
-                  static_cast<size_t>(call.head_dim) * 4);
+    const int64_t batch = t / call.kv_heads, head = t % call.kv_heads, dim = call.head_dim;
+    float turned[VL * MAX_DIM];
+    for (int64_t first = 0; first < padded; first += VL) {
+      const int64_t count = call.keys - first < VL ? call.keys - first : VL;
+      for (int64_t s = 0; s < count; ++s) {
+        const int64_t row = batch * call.keys + first + s;
+        rotate(call.k + row * call.ldk + head * dim, first + s, 1.0f, turned + s * dim);
+        std::memcpy(values(t) + (first + s) * dim, call.v + row * call.ldv + head * dim,
+                    static_cast<size_t>(dim) * 4);
+      }
+      for (int64_t s = count < 0 ? 0 : count; s < VL; ++s) {
+        std::memset(turned + s * dim, 0, static_cast<size_t>(dim) * 4);
+        std::memset(values(t) + (first + s) * dim, 0, static_cast<size_t>(dim) * 4);
+      }
+      for (int64_t d = 0; d < dim; d += VL) {
+        Floats square[VL];
+        for (int i = 0; i < VL; ++i) square[i] = load(turned + i * dim + d);
+        transpose(square);
+        for (int i = 0; i < VL; ++i) store(keys(t) + (d + i) * padded + first, square[i]);
+      }
     }
   }
 
@@ -118,9 +132,10 @@ struct Attention {
   int64_t blocks() const { return (call.rows + height() - 1) / height(); }
   int64_t tasks() const { return int64_t{call.batch} * call.heads * blocks(); }
 
+  // Queries outside, heads inside: the rows that a thread has are those that it has in the layers.
   void attend(int64_t task, float* scratch) const {
-    const int64_t dim = call.head_dim, block = task % blocks();
-    const int64_t head = task / blocks() % call.heads, batch = task / blocks() / call.heads;
+    const int64_t dim = call.head_dim, head = task % call.heads;
+    const int64_t block = task / call.heads % blocks(), batch = task / call.heads / blocks();
     const int64_t cell_index = batch * call.kv_heads + head * call.kv_heads / call.heads;
     const int64_t first = block * height();
     const int64_t count = call.rows - first < height() ? call.rows - first : height();
@@ -130,17 +145,20 @@ struct Attention {
     float* out = scores + GROUPS * QUERIES * padded;
     for (int64_t i = 0; i < computed; ++i) {
       const int64_t at = first + (i < count ? i : 0);
-      rotate<1>(static_cast<const float*>(call.x) + (batch * call.rows + at) * call.ldx +
-                    head * dim,
-                at, call.scale, queries + i * dim);
+      rotate(static_cast<const float*>(call.x) + (batch * call.rows + at) * call.ldx +
+                 head * dim,
+             at, call.scale, queries + i * dim);
     }
     small_product(queries, dim, keys(cell_index), padded, dim, padded, scores, padded, computed);
-    for (int64_t i = 0; i < computed; ++i) softmax(scores + i * padded, call.keys, padded);
+    float share[GROUPS * QUERIES];
+    for (int64_t i = 0; i < computed; ++i)
+      share[i] = softmax(scores + i * padded, call.keys, padded);
     small_product(scores, padded, values(cell_index), dim, call.keys, dim, out, dim, computed);
-    for (int64_t i = 0; i < count; ++i)
-      std::memcpy(static_cast<float*>(call.y) + (batch * call.rows + first + i) * call.ldy +
-                      head * dim,
-                  out + i * dim, static_cast<size_t>(dim) * 4);
+    for (int64_t i = 0; i < count; ++i) {
+      float* y = static_cast<float*>(call.y) + (batch * call.rows + first + i) * call.ldy +
+                 head * dim;
+      for (int64_t d = 0; d < dim; d += VL) store(y + d, load(out + i * dim + d) * splat(share[i]));
+    }
   }
 };
 
@@ -159,7 +177,7 @@ inline int32_t prepare_attention(const qv_call& call, Workspace& work, int threa
                       call.head_dim >= 2 * VL && call.head_dim % (2 * VL) == 0;
   if (!shaped || (call.kind == QV_GATHER && !call.cells)) return QV_SHAPE;
   const Attention a = attention_of(call, work);
-  if (call.keys > (1 << 20) || call.rows > (1 << 20) || call.head_dim > 1024) return QV_SIZE;
+  if (call.keys > (1 << 20) || call.rows > (1 << 20) || call.head_dim > MAX_DIM) return QV_SIZE;
   const int64_t cells = call.cells ? 0 : int64_t{call.batch} * call.kv_heads * a.cell();
   const bool ok = Workspace::grow(work.keys, work.keys_size, cells) &&
                   Workspace::grow(work.floats, work.floats_size, threads * attention_scratch(a));

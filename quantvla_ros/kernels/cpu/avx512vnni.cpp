@@ -6,6 +6,7 @@ namespace {
 
 struct Isa : Vnni512 {
   static constexpr const char* NAME = "avx512vnni";
+  static constexpr int64_t MOST_ROWS = 72;  // with more, sums and tokens of a piece leave the cache
 
   static double peak_burst(int64_t iterations) {
     __m512i s[14];

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 96;  // tokens of a block: their sums stay in the first-level cache
+constexpr int64_t BLOCK_ROWS = 96;  // most tokens of a block: their sums stay in near caches
 constexpr int64_t PAD_ROWS = 32;    // rows behind the last token that a tile may compute and drop
 
 // What a tile needs. out: (rows, NR) = sum over groups of float(exact integer sum) * scale.
@@ -28,6 +28,7 @@ struct Tile {
 struct Common {
   static constexpr int64_t PIECE = 0;        // columns of a panel that several tiles share; 0: all
   static constexpr bool OWN_BLOCKS = false;  // whether Isa::block replaces the tiles
+  static constexpr int64_t MOST_ROWS = BLOCK_ROWS;
   static int32_t ready() { return 1; }
   static void rest() {}
 };

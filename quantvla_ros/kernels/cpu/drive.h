@@ -231,12 +231,15 @@ struct Run {
     return total;
   }
 
-  // Rows of a block: their integers stay in the second-level cache while the panels pass by.
+  // Rows of a block: their integers stay in the second-level cache while the panels pass by. As
+  // many blocks for each thread as for the others, so that a thread keeps its rows.
   int64_t blocks() const {
     const int64_t fit = 512 * 1024 / depth / Isa::MR * Isa::MR;
-    const int64_t least = 2 * Isa::MR, most = BLOCK_ROWS;
+    const int64_t least = 2 * Isa::MR, most = Isa::MOST_ROWS;
     const int64_t height = fit < least ? least : fit > most ? most : fit;
-    return (call.rows + height - 1) / height;
+    const int64_t count = (call.rows + height - 1) / height;
+    const int64_t even = round_up(count, threads);
+    return count > 1 && call.rows / even >= 32 ? even : count;
   }
 
   // Several small tasks are taken at once; one thread takes everything.

@@ -39,19 +39,28 @@ inline const float* as_floats(const qv_call& call, int64_t row, int64_t k, float
 }
 
 inline void rms_norm(const qv_call& call, int64_t k, const float* x, float* y) {
-  Floats total{};
+  Floats total[4] = {};  // the additions of one would wait for each other
   int64_t i = 0;
-  for (; i + VL <= k; i += VL) total += load(x + i) * load(x + i);
-  float mean = sum(total);
+  for (; i + 4 * VL <= k; i += 4 * VL)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) total[v] += load(x + i + v * VL) * load(x + i + v * VL);
+  for (; i + VL <= k; i += VL) total[0] += load(x + i) * load(x + i);
+  float mean = sum((total[0] + total[1]) + (total[2] + total[3]));
   for (; i < k; ++i) mean += x[i] * x[i];
   const float inverse = 1.0f / __builtin_sqrtf(mean / static_cast<float>(k) + call.norm_eps);
   const float* multiply = call.norm_multiply;
   const float* add = call.norm_add;
-  for (i = 0; i < k; ++i) y[i] = x[i] * inverse;
-  if (multiply)
-    for (i = 0; i < k; ++i) y[i] *= multiply[i];
-  if (add)
-    for (i = 0; i < k; ++i) y[i] += add[i];
+  for (i = 0; i + VL <= k; i += VL) {
+    Floats v = load(x + i) * splat(inverse);
+    if (multiply) v *= load(multiply + i);
+    if (add) v += load(add + i);
+    store(y + i, v);
+  }
+  for (; i < k; ++i) {
+    y[i] = x[i] * inverse;
+    if (multiply) y[i] *= multiply[i];
+    if (add) y[i] += add[i];
+  }
 }
 
 template <int STRIDE>
@@ -88,15 +97,22 @@ inline void hadamard64(const float* x, float* y, int64_t k) {
 
 // Bits of max |x|. As integers, NaN > infinity > every finite value, so that none is lost.
 inline int32_t magnitude_bits(const float* x, int64_t k) {
-  Ints top{};
+  Ints top[2] = {};
   const Ints mask = Ints{} + 0x7fffffff;
   int64_t i = 0;
-  for (; i + VL <= k; i += VL) {
-    const Ints bits = bits_of(load(x + i)) & mask;
-    top = bits > top ? bits : top;
+  const auto look = [&](int64_t at, Ints& seen) {
+    const Ints bits = bits_of(load(x + at)) & mask;
+    seen = bits > seen ? bits : seen;
+  };
+  for (; i + 2 * VL <= k; i += 2 * VL) {
+    look(i, top[0]);
+    look(i + VL, top[1]);
   }
-  int32_t best = 0;
-  for (int j = 0; j < VL; ++j) best = top[j] > best ? top[j] : best;
+  if (i + VL <= k) {
+    look(i, top[0]);
+    i += VL;
+  }
+  int32_t best = largest_bits(top[0] > top[1] ? top[0] : top[1]);
   for (; i < k; ++i) {
     int32_t bits;
     std::memcpy(&bits, x + i, 4);

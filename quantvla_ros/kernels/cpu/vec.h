@@ -5,6 +5,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -75,6 +78,80 @@ inline float largest(Floats v) {
   return v[0];
 }
 
+// Of non-negative floats by their bits, where NaN > infinity > every finite value.
+inline int32_t largest_bits(Ints v) {
+  Floats best = floats_of(v);
+  const auto fold = [&](Floats other) {
+    const Ints a = bits_of(best), b = bits_of(other);
+    best = floats_of(a > b ? a : b);
+  };
+#if defined(__AVX512F__)
+  fold(swapped<8>(best));
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+  fold(swapped<4>(best));
+#endif
+  fold(swapped<2>(best));
+  fold(swapped<1>(best));
+  return bits_of(best)[0];
+}
+
+// The same float in all lanes. Assembly where it pays: as an operand that each product broadcasts
+// for itself, it would be loaded twice.
+inline __attribute__((always_inline)) Floats broadcast_from(const float* p) {
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
+  Floats v;
+  asm("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
+  return v;
+#else
+  return splat(*p);
+#endif
+}
+
+// Rows and columns of VL vectors of VL floats change places, by halves.
+template <int STRIDE>
+inline void transpose_step(Floats (&v)[VL]) {
+  Ints low, high;  // lane i of the other operand is VL + i
+  for (int i = 0; i < VL; ++i) {
+    low[i] = i & STRIDE ? VL + i - STRIDE : i;
+    high[i] = i & STRIDE ? VL + i : i + STRIDE;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < VL; ++i) {
+    if (i & STRIDE) continue;
+    const Floats a = v[i], b = v[i + STRIDE];
+#if defined(__clang__)
+    for (int j = 0; j < VL; ++j) {
+      v[i][j] = j & STRIDE ? b[j - STRIDE] : a[j];
+      v[i + STRIDE][j] = j & STRIDE ? b[j] : a[j + STRIDE];
+    }
+#else
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + STRIDE] = __builtin_shuffle(a, b, high);
+#endif
+  }
+}
+inline void transpose(Floats (&v)[VL]) {
+#if defined(__AVX512F__)
+  transpose_step<8>(v);
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+  transpose_step<4>(v);
+#endif
+  transpose_step<2>(v);
+  transpose_step<1>(v);
+}
+
+// a / b to about 1e-7 relative, for b from 1 to 2^127.
+inline Floats divided(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  const Floats near = reinterpret_cast<Floats>(_mm512_rcp14_ps(reinterpret_cast<__m512>(b)));
+  return a * (near * (splat(2.0f) - b * near));
+#else
+  return a / b;
+#endif
+}
+
 // e^x to about 1e-7 relative; the argument is clamped to where float32 stays normal. NaN stays NaN.
 inline Floats exponential(Floats x) {
   const Floats magic = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
@@ -94,10 +171,10 @@ inline Floats exponential(Floats x) {
   return p * floats_of(power);
 }
 
-inline Floats silu(Floats x) { return x / (splat(1.0f) + exponential(-x)); }
+inline Floats silu(Floats x) { return divided(x, splat(1.0f) + exponential(-x)); }
 inline Floats gelu_tanh(Floats x) {
   const Floats cubic = x + splat(0.044715f) * x * x * x;
-  return x / (splat(1.0f) + exponential(splat(-1.5957691216057308f) * cubic));
+  return divided(x, splat(1.0f) + exponential(splat(-1.5957691216057308f) * cubic));
 }
 
 // 16-bit floats by their bits, so that no compiler support and no instruction set is assumed.

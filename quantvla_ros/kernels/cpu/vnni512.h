@@ -189,19 +189,35 @@ struct Vnni512 : Common {
     }
   }
 
+  static __m512i rounded(const float* x, __m512 factor, __m512 low, __m512 high) {
+    __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x), factor);
+    v = _mm512_max_ps(_mm512_min_ps(v, high), low);
+    return _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+
   static int32_t round_chunk(const float* x, int8_t* q, int64_t k, float inverse, float top,
                              int64_t* done) {
     const __m512 factor = _mm512_set1_ps(inverse), high = _mm512_set1_ps(top);
     const __m512 low = _mm512_set1_ps(-top);
+    // packing works in quarters of a register: quads of x come out four apart
+    const __m512i order =
+        _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512i total = _mm512_setzero_si512();
     int64_t i = 0;
+    for (; i + 64 <= k; i += 64) {
+      const __m512i first = _mm512_packs_epi32(rounded(x + i, factor, low, high),
+                                               rounded(x + i + 16, factor, low, high));
+      const __m512i second = _mm512_packs_epi32(rounded(x + i + 32, factor, low, high),
+                                                rounded(x + i + 48, factor, low, high));
+      const __m512i bytes =
+          _mm512_permutexvar_epi32(order, _mm512_packs_epi16(first, second));
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), bytes);
+      _mm512_storeu_si512(q + i, bytes);
+    }
     for (; i + 16 <= k; i += 16) {
-      __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), factor);
-      v = _mm512_max_ps(_mm512_min_ps(v, high), low);
-      const __m512i rounded =
-          _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      total = _mm512_add_epi32(total, rounded);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(rounded));
+      const __m512i whole = rounded(x + i, factor, low, high);
+      total = _mm512_add_epi32(total, whole);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtepi32_epi8(whole));
     }
     *done = i;
     return _mm512_reduce_add_epi32(total);

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from quantvla_ros.bench import recipes_work
 from quantvla_ros.bench.recipes_subject import Subject
 from quantvla_ros.cli import main
 
@@ -70,7 +71,9 @@ def test_ablation_measures_every_layout(rows):
     assert errors['quantvla:backbone'] < errors['quantvla:full']
 
 
-def test_two_processes_measure_what_one_does(rows, tmp_path, capsys):
+def test_two_processes_measure_what_one_does(rows, tmp_path, capsys, monkeypatch):
+    # two threads for so small a network wait for each other, for long where a core is taken
+    monkeypatch.setattr(recipes_work, 'PREPARING_THREADS', 1)
     few = ('--precisions', 'w4a4', '--recipes', 'rtn,gptq', '--models', 'twin')
     alone = {(r['model'], r['recipe']): r['mean_mrad'] for r in rows(*few)}
     (tmp_path / 'rows.json').unlink()

@@ -2,6 +2,7 @@
 """The convolutional stem on integers: recorded, one by one and simulated, it is one thing."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from quantvla_ros.kernels.windows import WindowLinear
 from quantvla_ros.policies.libero_parts import Part, Stored, stored_part
 from quantvla_ros.policies.libero_program import ChunkProgram
+from quantvla_ros.policies.libero_vla import LiberoVlaNet, initialize
 from quantvla_ros.policies.sites import libero_vla_sites
+from quantvla_ros.policies.threads import take_threads
 from quantvla_ros.quant.convolutions import round_convolutions
 from quantvla_ros.quant.linear import QuantLinear
 from quantvla_ros.quant.simulate import simulate
@@ -73,6 +76,19 @@ def test_pixels_of_the_observation_before_are_gone(net):  # noqa: F811
     first, second = inputs(), inputs()
     results = [chunk(program, given) for given in (first, second, first)]
     assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
+
+
+def test_a_chunk_is_the_same_bits_with_one_thread_and_with_two():
+    """The modulation is float32 of torch, whose sums come in another order with two threads."""
+    wide = LiberoVlaNet(replace(SMALL, action_width=384, action_heads=6, action_kv_heads=2)).eval()
+    initialize(wide)
+    nn.init.normal_(wide.action.leave.weight, std=0.05)
+    given, chunks, before = inputs(), [], torch.get_num_threads()
+    for count in (2, 1):
+        take_threads(count)
+        chunks.append(chunk(ChunkProgram(with_stem(wide, Stored)[0], part_of, 10), given))
+    torch.set_num_threads(before)
+    assert torch.equal(*chunks)
 
 
 @pytest.mark.parametrize('when', ['kept', 'let go'])
