@@ -21,9 +21,10 @@ from quantvla_ros.bench.gpu_estimate import estimate
 BUDGET_S = 520.0
 SECTIONS = {
     'estimate': 'what boards that are not here could do at best (an estimate)',
-    'compile': 'registers, shared memory and spills of every kernel on four chips',
+    'compile': 'registers, shared memory, spills, instructions of every kernel on four chips',
     'check': 'everything against float64 and the modules, on poisoned outputs',
     'ceilings': 'what this card copies and multiplies at best',
+    'ways': 'what each way of joining kernels is worth in a whole chunk',
     'chunk': 'whole chunks of full-size networks at every precision',
     'memory': 'peak device memory of whole processes',
     'attention': 'attention and its splits against the library',
@@ -33,7 +34,7 @@ SECTIONS = {
     'profile': 'where the time of a chunk goes, kernel by kernel',
 }
 ALONE = ('estimate', 'compile')  # need no card
-ASKED = ('compile', 'sanitize', 'profile')  # run only when named
+ASKED = ('compile', 'sanitize', 'profile', 'ways')  # run only when named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--tune', action='store_true',
                         help='time every tile of every shape and write tiles.json')
     parser.add_argument('--ways', default='', help='kernels that tiles.json does not choose yet, '
-                        'by comma, or all: pair, turn, raw, join, widen')
+                        'by comma, or all: pair, turn, raw')
     parser.add_argument('--tiles', type=Path, help='where --tune writes; default: the package')
     parser.add_argument('--budget', type=float, default=BUDGET_S, metavar='SECONDS',
                         help='what would end later is left out and named')
@@ -74,6 +75,7 @@ def runners() -> dict[str, Callable[[Any], Any]]:
         gpu_profile,
         gpu_ros,
         gpu_time,
+        gpu_ways,
     )
 
     def ceilings(bench: Any) -> Any:
@@ -88,7 +90,8 @@ def runners() -> dict[str, Callable[[Any], Any]]:
 
     return {'check': gpu_check.checks, 'ceilings': ceilings, 'chunk': gpu_chunk.chunks,
             'memory': gpu_chunk.memory, 'attention': gpu_attention.table, 'gemm': gemm,
-            'ros': gpu_ros.serve, 'profile': gpu_profile.profiles, 'sanitize': gpu_check.sanitize}
+            'ros': gpu_ros.serve, 'profile': gpu_profile.profiles,
+            'ways': gpu_ways.compare, 'sanitize': gpu_check.sanitize}
 
 
 def make_bench(args: argparse.Namespace) -> Any:
@@ -118,12 +121,13 @@ def compile_report(_: Any) -> list[dict[str, Any]]:
 
     rows = []
     for capability in resources.CHIPS:
-        print(f'  sm_{capability}'.ljust(52) + 'shared  regs  stack  copies')
+        print(f'  sm_{capability}'.ljust(52) + 'shared  regs  stack  copies  instructions')
         for case in resources.cases(resources.chip(capability)):
             used = resources.usage(case, capability)
             rows.append(vars(used))
             print(f'    {used.name:<46} {used.shared:>7} {used.registers:>5} {used.stack:>6} '
-                  f'{used.copies:>7}  {used.matrix} {resources.problem_with(used)}', flush=True)
+                  f'{used.copies:>7} {used.instructions:>13}  {used.matrix} '
+                  f'{resources.problem_with(used)}', flush=True)
     return rows
 
 

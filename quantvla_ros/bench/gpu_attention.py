@@ -31,7 +31,7 @@ DRY = {'tiny': (3, 40, 4, 1, 32)}
 
 
 def runner(case: tuple[int, int, int, int, int], split: Split, device: torch.device,
-           dtype: torch.dtype, *, ahead: bool = False) -> Run:
+           dtype: torch.dtype, *, early: bool = False, ahead: bool = False) -> Run:
     """One attention and, where it is split, its join into int8 tokens. ahead: compile only."""
     tokens, total, heads, groups, width = case
     q = torch.randn(tokens, heads * width, device=device).to(dtype)
@@ -42,23 +42,30 @@ def runner(case: tuple[int, int, int, int, int], split: Split, device: torch.dev
     take = Take(8, heads * width)
     out = Tokens(torch.empty(tokens, heads * width, dtype=torch.int8, device=device),
                  torch.empty(tokens, device=device))
-    parts = Parts.make(split.parts, tokens, heads, width, device)
+    parts = Parts.make(split.parts, tokens, heads, width, device, dtype)
     seen = torch.empty_like(q)
 
     def run() -> None:
         if split.parts == 1:
-            run_attend(q, keys, heads, seen, split, ahead=ahead)
-            launch.make_tokens(seen, heads * width, take, out, ahead=ahead)
+            run_attend(q, keys, heads, seen, split, pdl=early, ahead=ahead)
+            launch.make_tokens(seen, heads * width, take, out, pdl=early, ahead=ahead)
         else:
-            run_attend(q, keys, heads, parts, split, ahead=ahead)
-            run_join(parts, split.parts, width, take, out, dtype, ahead=ahead)
+            run_attend(q, keys, heads, parts, split, pdl=early, ahead=ahead)
+            run_join(parts, split.parts, width, take, out, dtype, pdl=early, ahead=ahead)
 
     return run
 
 
-def measure(case: tuple[int, int, int, int, int], split: Split, bench: Bench) -> float:
-    """Microseconds of attention up to int8 tokens."""
-    return microseconds([runner(case, split, bench.device, bench.dtype)], bench)
+def few(case: tuple[int, int, int, int, int]) -> bool:
+    """Whether it is one of a denoising step."""
+    tokens, _, heads, groups, _ = case
+    return tokens * heads // groups <= 1024
+
+
+def measure(case: tuple[int, int, int, int, int], split: Split, bench: Bench,
+            *, early: bool = False) -> float:
+    """Microseconds of attention up to int8 tokens; early: as launched in a denoising loop."""
+    return microseconds([runner(case, split, bench.device, bench.dtype, early=early)], bench)
 
 
 def candidates(case: tuple[int, int, int, int, int], chip: Chip) -> list[Split]:
@@ -66,20 +73,20 @@ def candidates(case: tuple[int, int, int, int, int], chip: Chip) -> list[Split]:
     tokens, total, heads, groups, width = case
     rows = tokens * heads // groups
     found = []
-    few = rows <= 1024
-    for bq, bs, warps, stages in product((16, 32, 64) if few else (64, 128), (32, 64, 128),
-                                         (4, 8), (1, 2, 3)):
+    small = few(case)
+    for bq, bs, stages in product((16, 32, 64) if small else (64, 128), (32, 64), (1, 2, 3)):
+        warps = 8 if bq == 128 else 4
         # sums and logits of a thread stand in registers; more than these spill
-        if bq * (max(16, width) + bs) > 160 * 32 * warps or (bq == 16 and warps == 8):
+        if bq * (max(16, width) + bs) > 160 * 32 * warps:
             continue
         if 2 * bs * max(16, width) * 2 * stages > chip.shared:
             continue
         programs = -(-rows // bq) * groups
-        for parts in (1, 2, 4, 8, 16, 32) if few else (1,):
-            filled = programs * parts
-            if parts > 1 and (filled > 2 * chip.processors or total // parts < bs):
+        for parts in (1, 2, 4, 8, 16, 32) if small else (1,):
+            filled = programs * parts / chip.processors
+            if parts > 1 and (filled > 2.2 or total // parts < bs):
                 continue
-            if few and parts == 1 and filled < chip.processors // 8:
+            if small and filled < 0.4 and parts < 8:
                 continue
             found.append(Split(bq, bs, parts, warps, stages))
     return found

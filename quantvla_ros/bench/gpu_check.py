@@ -103,7 +103,7 @@ def _attention(bench: Bench) -> dict[str, tuple[float, float]]:
             for _ in range(2))
     k[total:], v[total:] = torch.nan, torch.nan
     length = torch.tensor([known], dtype=torch.int32, device=bench.device)
-    parts = Parts.make(4, tokens, heads, width, bench.device)
+    parts = Parts.make(4, tokens, heads, width, bench.device, bench.dtype)
     for part in (parts.values, parts.sums, parts.largest):
         part.fill_(torch.nan)
     run_attend(q, Keys(k, v, 1, width, tokens, length), heads, parts,
@@ -153,18 +153,21 @@ def _served(family: str, model: Any, inputs: Any, bench: Bench, dtype: torch.dty
 
 
 def sanitize(bench: Bench) -> dict[str, Any]:
-    """Run the checks again under compute-sanitizer, where it is installed."""
+    """Run the brief checks again under compute-sanitizer, where it is installed."""
     tool = shutil.which('compute-sanitizer')
     if bench.dry or tool is None:
         reason = 'needs a card' if bench.dry else 'compute-sanitizer is not on the PATH'
         print(f'  not run: {reason}')
         return {'missing': reason}
-    command = [tool, '--tool', 'memcheck', '--error-exitcode', '9', sys.executable, '-m',
-               'quantvla_ros', 'bench', 'gpu', '--only', 'check']
-    done = subprocess.run(command, capture_output=True, text=True,
-                          timeout=max(30.0, bench.deadline.left_s()))
-    last = [line for line in done.stdout.splitlines() if 'ERROR SUMMARY' in line]
-    print('  ' + (last or ['compute-sanitizer said nothing'])[-1])
-    if done.returncode:
-        raise RuntimeError(f'compute-sanitizer: status {done.returncode}\n{done.stdout[-2000:]}')
-    return {'summary': last[-1] if last else ''}
+    found = {}
+    for kind in ('memcheck', 'racecheck'):
+        command = [tool, '--tool', kind, '--error-exitcode', '9', sys.executable, '-m',
+                   'quantvla_ros', 'bench', 'gpu', '--only', 'check', '--quick', '--ways', 'all']
+        done = subprocess.run(command, capture_output=True, text=True,
+                              timeout=max(30.0, bench.deadline.left_s()))
+        last = [line for line in done.stdout.splitlines() if 'SUMMARY' in line]
+        found[kind] = (last or ['compute-sanitizer said nothing'])[-1]
+        print(f'  {kind}: {found[kind]}', flush=True)
+        if done.returncode:
+            raise RuntimeError(f'{kind}: status {done.returncode}\n{done.stdout[-2000:]}')
+    return found

@@ -28,7 +28,7 @@ from quantvla_ros.policies.cuda_engine import Graphs, make_plan
 from quantvla_ros.policies.full_size import full_size
 
 FLOAT = Precision('float')
-BOTH_WAYS = (Early(), Early(prefix=True, loop=True))
+NOWHERE, LOOP = Early(), Early(loop=True)
 PRECISIONS = (FLOAT, Precision('w8a8'), Precision('w4a8'), Precision('w4a8', rotate=True),
               Precision('w8a8', rotate=True), Precision('w4a8g128'), Precision('w4a4'))
 CAMERAS = {'pi05': 3, 'pi0': 3, 'groot_n15': 2}
@@ -174,10 +174,11 @@ def chunks(bench: Bench) -> dict[str, Any]:
                 print(f'  {setting.name} {precision.name}: not measured, the time is up')
                 continue
             known = tiles.early(precision.kind, chip)
-            for early in (BOTH_WAYS if whole and chip.hopper else [known]):
+            also = {NOWHERE, LOOP} - {known} if whole and chip.hopper else set()
+            for early in (known, *also):
                 value, why = tried(partial(measure, setting, precision, bench, early))
                 free()
-                name = precision.name + (', early' if early != known else '')
+                name = precision.name if early == known else f'{precision.name}, {begin(early)}'
                 rows[name] = value if not why else {'missing': why}
         rows['eager modules'], why = tried(partial(eager, setting, bench))
         if why:
@@ -186,6 +187,12 @@ def chunks(bench: Bench) -> dict[str, Any]:
         found[setting.name] = rows
         show(setting, rows)
     return found
+
+
+def begin(early: Early) -> str:
+    """In which graphs launches begin early, in words."""
+    graphs = [name for name, yes in vars(early).items() if yes]
+    return f'{" and ".join(graphs)} early' if graphs else 'nothing early'
 
 
 def show(setting: Setting, rows: dict[str, Any]) -> None:
@@ -243,7 +250,7 @@ def memory(bench: Bench) -> dict[str, Any]:
         print('  needs a card: a process on the CPU has no device memory')
         return found
     for setting in (SETTINGS[0], SETTINGS[2]):
-        for precision in PRECISIONS[:3]:
+        for precision in PRECISIONS[2::-1]:
             if bench.deadline.left_s() < 20:
                 print(f'  {setting.family} {precision.name}: not measured, the time is up')
                 continue
@@ -257,8 +264,10 @@ def memory(bench: Bench) -> dict[str, Any]:
                 continue
             found[f'{setting.family} {precision.name}'] = figures = json.loads(out)
             print(f'  {setting.family:<10} {precision.name.replace("float", "bfloat16"):<14} '
-                  f'peak {figures["peak_mib"]:6.0f} MiB of the whole process, serving '
-                  f'{figures["serving_mib"]:6.0f}, weights {figures["weights_mib"]:6.0f}',
+                  f'peak {figures["peak_mib"]:6.0f} MiB of the whole process; of it weights '
+                  f'{figures["weights_mib"]:6.0f}, scratch {figures["scratch_mib"]:4.0f}, else '
+                  f'allocated {figures["other_mib"]:4.0f}, held by the allocator alone '
+                  f'{figures["slack_mib"]:4.0f}, a bare context {figures["context_mib"]:4.0f}',
                   flush=True)
     print('  (published for pi0.5 by FoldQuantVLA: 4553 MiB; goal: under 2560)')
     return found
@@ -271,15 +280,15 @@ def main(argument: str) -> int:
     setting, precision = Setting(**asked['setting']), Precision(**asked['precision'])
     bench = Bench(torch.device('cuda'), False, True, Deadline(600))
     chip = launch.chip_of(bench.device)
+    context = bare_context(asked['base'])
     early = tiles.early(precision.kind, chip)
     graphs = build(setting, precision, bench, early)
     if asked['warm']:  # only for what it leaves in the cache
-        if chip.hopper:
-            del graphs
+        del graphs
+        free()
+        for other in {NOWHERE, LOOP} - {early} if chip.hopper else ():
+            build(setting, precision, bench, other)
             free()
-            for other in BOTH_WAYS:
-                build(setting, precision, bench, other)
-                free()
         return 0
     mib = 1 / (1 << 20)
     loaded = torch.cuda.max_memory_reserved()
@@ -292,10 +301,21 @@ def main(argument: str) -> int:
     left, total = torch.cuda.mem_get_info()
     own = total - left - asked['base']
     peak = own - torch.cuda.memory_reserved() + max(loaded, torch.cuda.max_memory_reserved())
-    print(json.dumps({'peak_mib': peak * mib, 'serving_mib': own * mib,
-                      'weights_mib': graphs.plan.nbytes * mib,
-                      'scratch_mib': graphs.plan.machine.nbytes * mib}))
+    weights, scratch = graphs.plan.nbytes, graphs.plan.machine.nbytes
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    print(json.dumps({name: value * mib for name, value in {
+        'peak_mib': peak, 'serving_mib': own, 'weights_mib': weights, 'scratch_mib': scratch,
+        'other_mib': allocated - weights - scratch, 'slack_mib': reserved - allocated,
+        'context_mib': context}.items()}))
     return 0
+
+
+def bare_context(base: int) -> int:
+    """Bytes that this process holds on the device before it holds anything of use."""
+    torch.zeros(1, device='cuda')
+    left, total = torch.cuda.mem_get_info()
+    return total - left - base - torch.cuda.memory_reserved()
+
 
 if __name__ == '__main__':
     sys.exit(main(sys.argv[1]))

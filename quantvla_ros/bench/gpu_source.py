@@ -50,7 +50,7 @@ def resized(model: Any, horizon: int) -> Any:
 
 
 class RandomSource:
-    """See policies.cuda_parts.Source. kind: scheme without its group."""
+    """See policies.cuda_source.Source."""
 
     def __init__(
         self, family: str, precision: Precision, device: torch.device, dtype: torch.dtype,

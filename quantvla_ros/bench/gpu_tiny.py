@@ -30,7 +30,7 @@ from quantvla_ros.quant.transforms import InputTransform
 VISION = VisionConfig(width=32, depth=1, hidden=72, heads=4, patch=14, image=14)
 BIG, SMALL = GemmaConfig(128, 2, 192, 4, 1, 16), GemmaConfig(64, 2, 128, 4, 1, 16)
 STEPS = 2
-HORIZON = 3
+HORIZON = 2
 
 
 def pi05() -> Any:
@@ -87,7 +87,7 @@ def chunk(model: Any, images: Tensor, words: Tensor, state: Tensor, noise: Tenso
     return x
 
 
-def engine(family: str, model: Any, device: torch.device, words: int = 6,
+def engine(family: str, model: Any, device: torch.device, words: int = 5,
            dtype: torch.dtype = torch.float32) -> Any:
     """Serve a model by its plan; it keeps nothing that a served one drops."""
     from quantvla_ros.policies.cuda_engine import CudaEngine

@@ -31,36 +31,36 @@ from quantvla_ros.kernels.cuda.launch_attention import Split
 from quantvla_ros.kernels.cuda.launch_fused import Turned
 from quantvla_ros.kernels.cuda.pack import DeviceWeight, padded_columns, pair_order
 
-# (tokens, rows, columns, what follows: see tiles.Problem), by what they take of a chunk
+# (tokens, rows, columns, what follows: see tiles.Problem), by what they take of a chunk;
+# 'turned': heads of 256, one of keys
 PI05 = (
-    (968, 16384, 2048, 'gated'), (968, 2048, 16384, ''), (50, 4096, 1024, 'gated'),
+    (968, 32768, 2048, 'pair'), (968, 2048, 16384, ''), (50, 8192, 1024, 'pair'),
+    (50, 1024, 4096, 'raw'), (50, 2560, 1024, 'turned'), (50, 1024, 2048, 'raw'),
+    (968, 2560, 2048, 'turned'), (968, 16384, 2048, 'gated'), (50, 4096, 1024, 'gated'),
     (50, 1024, 4096, ''), (50, 2560, 1024, ''), (50, 1024, 2048, ''),
     (768, 4304, 1152, ''), (768, 1152, 4304, ''), (768, 3456, 1152, ''),
     (768, 1152, 1152, ''), (968, 2560, 2048, ''), (968, 2048, 2048, ''),
-    (10, 4096, 1024, 'gated'), (10, 1024, 4096, ''), (10, 2560, 1024, ''),
-    (10, 1024, 2048, ''),
+)
+TEN = (
+    (10, 8192, 1024, 'pair'), (10, 1024, 4096, 'raw'), (10, 2560, 1024, 'turned'),
+    (10, 1024, 2048, 'raw'), (10, 4096, 1024, 'gated'), (10, 1024, 4096, ''),
+    (10, 2560, 1024, ''), (10, 1024, 2048, ''),
 )
 GROOT = (
-    (49, 4608, 1536, ''), (49, 6144, 1536, ''), (49, 1536, 6144, ''),
-    (49, 1536, 1536, ''), (560, 6144, 2048, 'gated'), (560, 2048, 6144, ''),
-    (560, 4096, 2048, ''), (560, 2048, 2048, ''), (560, 8192, 2048, ''),
-    (560, 2048, 8192, ''), (512, 4304, 1152, ''), (512, 1152, 4304, ''),
-    (512, 3456, 1152, ''), (512, 1152, 1152, ''),
+    (49, 4608, 1536, ''), (49, 6144, 1536, ''), (49, 1536, 6144, 'raw'),
+    (49, 1536, 1536, 'raw'), (560, 12288, 2048, 'pair'), (560, 2048, 6144, ''),
+    (512, 4304, 1152, ''), (512, 1152, 4304, ''), (512, 3456, 1152, ''), (512, 1152, 1152, ''),
+    (560, 4096, 2048, ''), (560, 2048, 2048, ''), (560, 8192, 2048, ''), (560, 2048, 8192, ''),
+    (49, 1536, 6144, ''), (49, 1536, 1536, ''), (560, 6144, 2048, 'gated'),
 )
 ALONE = ((1, 4096, 4096, ''), (1, 11008, 4096, ''), (1, 4096, 11008, ''))
-SHAPES = PI05 + GROOT + ALONE
-# where the ways of fused.py are asked for; 'turned': heads of 256, one of keys
-FUSED = {
-    'pair': ((50, 8192, 1024, 'pair'), (968, 32768, 2048, 'pair'), (10, 8192, 1024, 'pair'),
-             (560, 12288, 2048, 'pair')),
-    'turn': ((50, 2560, 1024, 'turned'), (968, 2560, 2048, 'turned'), (10, 2560, 1024, 'turned')),
-    'raw': ((50, 1024, 4096, 'raw'), (50, 1024, 2048, 'raw'), (10, 1024, 4096, 'raw'),
-            (10, 1024, 2048, 'raw'), (49, 1536, 6144, 'raw'), (49, 1536, 1536, 'raw')),
-}
+SHAPES = PI05 + GROOT + TEN + ALONE
+WAY_OF = {'pair': 'pair', 'turned': 'turn', 'raw': 'raw'}  # tuned where asked for
 HEAD = 256
 PART_US = 0.15  # what the norm behind a raw product spends on each split, about
 DRY = ((5, 96, 256, ''),)
 CPU = torch.device('cpu')
+FEW = 128  # tokens of a denoising step at most
 TOGETHER = 4  # tiles that a worker compiles in one task
 
 
@@ -73,6 +73,7 @@ class Shape:
     k: int
     kind: str
     follows: str
+    early: bool = False  # launched before the one ahead has ended, as in a denoising loop
 
     @property
     def gated(self) -> bool:
@@ -123,15 +124,16 @@ class Call:
         follows = self.shape.follows
         if follows == 'pair':
             launch_fused.run_pair(tokens, weight, self.out, 'gelu_tanh', tile=self.tile,
-                                  ahead=self.ahead)
+                                  pdl=self.shape.early, ahead=self.ahead)
         elif follows == 'turned':
             launch_fused.run_turned(tokens, weight, self.out, self.turn, tile=self.tile,
-                                    ahead=self.ahead)
+                                    pdl=self.shape.early, ahead=self.ahead)
         elif follows == 'raw':
-            launch_fused.run_raw(tokens, weight, self.out, self.tile, ahead=self.ahead)
+            launch_fused.run_raw(tokens, weight, self.out, self.tile, pdl=self.shape.early,
+                                 ahead=self.ahead)
         else:
             launch.run_product(tokens, weight, self.out, self.workspace, epilogue_of(up),
-                               tile=self.tile, ahead=self.ahead)
+                               tile=self.tile, pdl=self.shape.early, ahead=self.ahead)
 
     def seen(self, tokens: Tokens, weight: DeviceWeight) -> Tensor:
         """What came out, as Products.wanted has it."""
@@ -167,15 +169,17 @@ class Products:
 
     def wanted(self) -> Tensor:
         """What the first pair gives, in float64."""
-        weight, up = self.pairs[0]
+        weight, second = self.pairs[0]
         y = gpu_gemm.exact(self.tokens, weight)
         if self.shape.follows == 'turned':  # by nothing
             return y[:, pair_order(self.shape.n, self.shape.n, HEAD).argsort().to(y.device)]
         if self.shape.follows == 'pair':
-            return torch.nn.functional.gelu(y[:, ::2], approximate='tanh') * y[:, 1::2]
-        if up is None:
+            gate, up = (part.flatten(1) for part in y.unflatten(1, (-1, 2, 8)).unbind(2))
+            return torch.nn.functional.gelu(gate, approximate='tanh') * up
+        if second is None:
             return y
-        return torch.nn.functional.gelu(y, approximate='tanh') * gpu_gemm.exact(self.tokens, up)
+        return (torch.nn.functional.gelu(y, approximate='tanh')
+                * gpu_gemm.exact(self.tokens, second))
 
     def time(self, tile: tiles.Tile, wanted: Tensor) -> float:
         """Microseconds of a tile. Raises RuntimeError where its result is wrong."""
@@ -204,12 +208,12 @@ def compile_products(shape: Shape, some: list[tiles.Tile]) -> None:
                 tokens, weight, weight if shape.gated else None)
 
 
-def compile_attention(name: str, some: list[Split]) -> None:
+def compile_attention(name: str, early: bool, some: list[Split]) -> None:
     """The same for attention."""
     for split in some:
         with suppress(Exception):
             gpu_attention.runner(gpu_attention.CASES[name], split, CPU, torch.bfloat16,
-                                 ahead=True)()
+                                 early=early, ahead=True)()
 
 
 class Ahead:
@@ -221,11 +225,11 @@ class Ahead:
             max(1, (os.cpu_count() or 2) - 1), mp_context=get_context('spawn'),
             initializer=pretend, initargs=(capability(bench),))
 
-    def start(self, what: Callable[..., None], which: Any, some: list[Any]) -> list[Future[None]]:
+    def start(self, what: Callable[..., None], some: list[Any]) -> list[Future[None]]:
         """Compile candidates, a few in each task."""
         if self.pool is None:
             return []
-        return [self.pool.submit(what, which, some[i:i + TOGETHER])
+        return [self.pool.submit(what, some[i:i + TOGETHER])
                 for i in range(0, len(some), TOGETHER)]
 
     def end(self) -> None:
@@ -270,15 +274,17 @@ def shapes(bench: Bench) -> Iterator[Shape]:
     """By what they take of a chunk; groups last."""
     table: tuple[tuple[int, int, int, str], ...] = SHAPES
     if bench.dry or bench.quick:
-        table = DRY if bench.dry else PI05[:6]
-    asked = tiles.ways(launch.chip_of(bench.device))
-    table = tuple(s for way, some in FUSED.items() if way in asked for s in some) + table
+        table = DRY if bench.dry else PI05[:7]
+    chip = launch.chip_of(bench.device)
+    taken = tiles.ways(chip)
+    table = tuple(s for s in table if WAY_OF.get(s[3], s[3]) in {'', 'gated', *taken})
     for kinds in (('w8a8', 'w4a8'), ('w4a8g128',)):
         for m, n, k, follows in table:
             for kind in kinds:
                 group = gpu_gemm.OURS[kind][1]
                 if not group or (k % group == 0 and n > 1024):
-                    yield Shape(m, n, k, kind, follows)
+                    early = m <= FEW and tiles.early(kind.partition('g')[0], chip).loop
+                    yield Shape(m, n, k, kind, follows, early)
 
 
 def tune(bench: Bench, file: Path, *, attention: bool = True) -> None:
@@ -287,24 +293,31 @@ def tune(bench: Bench, file: Path, *, attention: bool = True) -> None:
     ahead = Ahead(bench)
     cut = 2 if bench.dry else None
     names = list(gpu_attention.CASES) if attention and not bench.dry else []
+    early = {name: gpu_attention.few(gpu_attention.CASES[name]) and
+             tiles.early('w8a8', chip).loop for name in names}
     splits = {name: gpu_attention.candidates(gpu_attention.CASES[name], chip) for name in names}
     waiting: dict[Any, tuple[list[Any], list[Future[None]]]] = {}
-    for name in names[:2]:
-        waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])
+
+    def begin(name: str) -> None:
+        waiting[name] = splits[name], ahead.start(
+            partial(compile_attention, name, early[name]), splits[name])
+
+    for name in names[:3]:
+        begin(name)
     for shape in shapes(bench):
         problem = _problem(shape, bench)
         found = [tile for tile in tiles.candidates(problem, chip)
                  if tile.split == 1 or problem.follows not in ('pair', 'turned')][:cut]
-        waiting[shape] = found, ahead.start(compile_products, shape, found)
-    for name in names[2:]:
-        waiting[name] = splits[name], ahead.start(compile_attention, name, splits[name])
+        waiting[shape] = found, ahead.start(partial(compile_products, shape), found)
+    for name in names[3:]:
+        begin(name)
     try:
         for what, (candidates, futures) in waiting.items():
             if not wait(futures, bench) or bench.deadline.left_s() < 10:
                 print('  the time is up', flush=True)
                 break
-            entry = (_tune_attention if isinstance(what, str) else _tune_product)(
-                what, candidates, bench)
+            entry = (_tune_attention(what, early[what], candidates, bench)
+                     if isinstance(what, str) else _tune_product(what, candidates, bench))
             if entry is not None:
                 print('  ' + json.dumps(entry), flush=True)
                 keep(file, chip.name, entry)
@@ -333,9 +346,10 @@ def _tune_product(shape: Shape, candidates: list[tiles.Tile], bench: Bench) -> A
             'us': round(least, 2), 'tried': len(candidates)}
 
 
-def _tune_attention(name: str, candidates: list[Split], bench: Bench) -> Any:
+def _tune_attention(name: str, early: bool, candidates: list[Split], bench: Bench) -> Any:
     case = gpu_attention.CASES[name]
-    best, least = fastest(candidates, lambda s: gpu_attention.measure(case, s, bench), bench)
+    best, least = fastest(
+        candidates, lambda s: gpu_attention.measure(case, s, bench, early=early), bench)
     if best is None:
         return None
     rows, keys, heads, groups, width = case
@@ -364,5 +378,6 @@ def written(whole: dict[str, Any]) -> str:
             f'  "{name}": [\n' + ',\n'.join(f'   {json.dumps(e)}' for e in own.get(name, ()))
             + '\n  ]' for name in ('tiles', 'attention'))
         chips.append(f' "{chip}": {{\n  "source": {json.dumps(own["source"])},\n'
-                     f'  "early": {json.dumps(own.get("early", {}))},\n{lists}\n }}')
+                     f'  "early": {json.dumps(own.get("early", {}))},\n'
+                     f'  "ways": {json.dumps(own.get("ways", []))},\n{lists}\n }}')
     return '{\n' + ',\n'.join(chips) + '\n}\n'

@@ -10,6 +10,7 @@ graphs. An error of the device ends the engine: a CUDA context that has failed d
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from quantvla_ros.policies.groot_n15 import IMAGE
 Plan = PiPlan | GrootPlan
 # words of a prompt that a plan leaves room for, where the checkpoint does not say
 WORDS = {'pi05': 200, 'pi0': 48, 'groot_n15': 96}
+# what cuBLAS may hold for each stream: two buffers of 1 MiB, where Hopper's default is 32 MiB
+LITTLE = ('CUBLAS_WORKSPACE_CONFIG', ':1024:2')
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,8 @@ def make_plan(
 ) -> Plan:
     """Plan a family for so many cameras and words. Raises ValueError for an unknown family."""
     capacity = cameras * config.vision.tokens + words
+    if source.device.type == 'cuda' and source.kind != 'float':
+        os.environ.setdefault(*LITTLE)  # read at its first product, of which there are few
     if family == 'groot_n15':
         return GrootPlan(source, config, steps=steps, cameras=cameras, capacity=capacity,
                          early=early)
@@ -68,6 +73,7 @@ class Graphs:
         self.stream = torch.cuda.Stream(device)
         # weights and inputs are still being written on the stream of who built them
         self.stream.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.empty_cache()  # what building left is of no use to the graphs
         with torch.cuda.stream(self.stream):
             plan.prefix()
             plan.denoise()

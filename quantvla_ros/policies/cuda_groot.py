@@ -39,7 +39,6 @@ from quantvla_ros.policies.cuda_parts import (
 )
 from quantvla_ros.policies.cuda_pi import Inputs
 from quantvla_ros.policies.cuda_source import Source
-from quantvla_ros.policies.cuda_widen import widener
 from quantvla_ros.policies.flow import guidance_weight
 from quantvla_ros.policies.groot_n15 import EPS, GrootConditions
 
@@ -135,9 +134,6 @@ class GrootPlan:
                                   (capacity, width), c.state, (c.horizon, c.action))
         self._small(source)
         self._conditions(source)
-        self.widener = widener(m, [
-            *zip(self.vision.attentions, self.vision.mlps, strict=True),
-            *zip(self.backbone.attentions, self.backbone.mlps, strict=True)])
 
     def _small(self, source: Source) -> None:
         c = self.config
@@ -181,8 +177,6 @@ class GrootPlan:
         """Inputs -> keys and values of the context, and the tokens that stand before actions."""
         i, m = self.inputs, self.machine
         m.pdl = self.early.prefix
-        if self.widener is not None:
-            self.widener.start()
         seen = self.vision.run(i.images)
         x = m.scratch('prefix', *i.words.shape)
         patches = seen[i.order.clamp(min=0)]

@@ -6,8 +6,6 @@ Each is built once from a Source and then run on a Stream. Nothing here waits fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +15,7 @@ from quantvla_ros.kernels.cuda import launch_attention as attention
 from quantvla_ros.kernels.cuda.launch import Epilogue, Norm, Tokens
 from quantvla_ros.kernels.cuda.launch_attention import Keys, Turn
 from quantvla_ros.kernels.cuda.launch_fused import Turned
-from quantvla_ros.kernels.cuda.pack import interleaved, pair_of_biases
+from quantvla_ros.kernels.cuda.pack import EIGHT, interleaved, pair_of_biases
 from quantvla_ros.policies.blocks import rotary
 from quantvla_ros.policies.cuda_parts import (
     FloatProjection,
@@ -49,10 +47,6 @@ class Mlp:
         self.second = project(source, machine, f'{name}.fc2')
         self.nbytes = self.first.nbytes + self.second.nbytes
 
-    def projections(self) -> list[Projection]:
-        """All of them."""
-        return [self.first, self.second]
-
     def run(self, stream: Stream, norm: Norm, step: int = 0) -> None:
         """Norm, both products, and the sum."""
         m, first = self.machine, self.first
@@ -83,13 +77,14 @@ class GatedMlp:
         self.fused = self._can_fuse(*pair)
         self.both: IntegerProjection | None = None  # with rows in turns
         self.group = None
-        if self.fused and 'pair' in machine.ways:
+        if self.fused and 'pair' in machine.ways and pair[0].n % EIGHT == 0:
             self.both = self._in_turns(*pair)
         if self.both or not self.fused:
             del self.gate, self.up
         if not self.fused:
             self.group = Group(source, machine, [f'{name}.gate_proj', f'{name}.up_proj'], pair)
-        self.nbytes = sum(p.nbytes for p in self.projections())
+        pair = [self.both] if self.both else self.group.parts if self.group else pair
+        self.nbytes = sum(p.nbytes for p in (*pair, self.down))
 
     @staticmethod
     def _in_turns(gate: Projection, up: Projection) -> IntegerProjection:
@@ -97,12 +92,6 @@ class GatedMlp:
         gate.bias = pair_of_biases(gate.bias, up.bias, gate.n)
         gate.weight = interleaved(gate.weight, up.weight)
         return gate
-
-    def projections(self) -> list[Projection]:
-        """All of them."""
-        if self.both:
-            return [self.both, self.down]
-        return [*(self.group.parts if self.group else (self.gate, self.up)), self.down]
 
     @staticmethod
     def _can_fuse(gate: Projection, up: Projection) -> bool:
@@ -118,7 +107,7 @@ class GatedMlp:
         if self.both is not None:
             tokens = stream.tokens(self.both.take(step), norm)
             hidden = m.scratch('hidden', rows, self.both.n)
-            launch_fused.run_pair(self.both.tokens(tokens, step), self.both.read, hidden,
+            launch_fused.run_pair(self.both.tokens(tokens, step), self.both.weight, hidden,
                                   self.act, self.both.bias, pdl=m.pdl)
             made = Tokens(hidden)
             if take.top:
@@ -130,7 +119,7 @@ class GatedMlp:
             tokens = stream.tokens(self.gate.take(step), norm)
             hidden = m.scratch('hidden', rows, self.gate.n)
             self.gate.product(tokens, hidden, Epilogue(
-                act=self.act, up=self.up.read, up_bias=self.up.bias), step)
+                act=self.act, up=self.up.weight, up_bias=self.up.bias), step)
             made = Tokens(hidden)
             if take.top:
                 made = m.tokens(rows, take)
@@ -175,9 +164,8 @@ def attend_and_add(
         parts = machine.parts(split.parts, rows, heads, width)
         attention.run_attend(q, keys, heads, parts, split, causal=causal, pdl=machine.pdl)
         made = machine.tokens(rows, take)
-        at_once = 'join' in machine.ways and (width % 64 == 0 or split.parts <= 8)
-        join = launch_fused.run_join_at_once if at_once else attention.run_join
-        join(parts, split.parts, width, take, made, machine.dtype, pdl=machine.pdl)
+        attention.run_join(parts, split.parts, width, take, made, machine.dtype,
+                           pdl=machine.pdl)
     stream.add(output, made, gate, step)
 
 
@@ -190,11 +178,6 @@ class SelfAttention:
         self.output = project(source, machine, f'{name}.o_proj')
         self.width = self.qkv.n // (3 * heads)
         self.nbytes = self.qkv.nbytes + self.output.nbytes
-        self.ahead: Callable[[], None] | None = None  # called before anything else
-
-    def projections(self) -> list[Projection]:
-        """All of them."""
-        return [*self.qkv.parts, self.output]
 
     def run(
         self, stream: Stream, norm: Norm, length: Tensor | None = None, step: int = 0
@@ -211,8 +194,6 @@ class SelfAttention:
 
     def run_images(self, stream: Stream, norm: Norm, images: int) -> None:
         """The same for a batch of whole images, by the vendor's attention."""
-        if self.ahead is not None:
-            self.ahead()
         m, rows, inner = self.machine, stream.x.shape[0], self.heads * self.width
         qkv = m.scratch('qkv', rows, 3 * inner)
         self.qkv.run(stream, norm, qkv)
@@ -239,11 +220,6 @@ class CachedAttention:
         self.output = None if last else project(source, machine, f'{name}.o_proj')
         self.nbytes = self.qkv.nbytes + (self.output.nbytes if self.output else 0)
         self.fused = turn.q_norm is None and self.qkv.pair(turn.width)
-        self.ahead: Callable[[], None] | None = None  # called before anything else
-
-    def projections(self) -> list[Projection]:
-        """All of them."""
-        return [*self.qkv.parts, *([self.output] if self.output else [])]
 
     def run(
         self, stream: Stream, norm: Norm, cache: Tensor, length: Tensor, *, behind: bool,
@@ -254,8 +230,6 @@ class CachedAttention:
         behind: these tokens stand behind the length[0] that are cached already and see them and
         one another; otherwise they are the first ones, of which length[0] are real.
         """
-        if self.ahead is not None:
-            self.ahead()
         m, t, rows = self.machine, self.turn, stream.x.shape[0]
         heads = 0 if self.last else t.heads
         q = m.scratch('q', rows, t.heads * t.width)

@@ -30,6 +30,7 @@ from quantvla_ros.kernels.cuda.launch import (
 )
 from quantvla_ros.kernels.cuda.launch_fused import Turned
 from quantvla_ros.kernels.cuda.pack import (
+    EIGHT,
     DeviceWeight,
     pair_order,
     paired,
@@ -75,7 +76,7 @@ class Machine:
         """Room for the splits of an attention."""
         floats = torch.float32
         return attention.Parts(
-            self.scratch('part values', splits, rows, heads * width, dtype=floats),
+            self.scratch('part values', splits, rows, heads * width),
             self.scratch('part sums', splits, rows, heads, dtype=floats),
             self.scratch('part largest', splits, rows, heads, dtype=floats))
 
@@ -132,7 +133,6 @@ class IntegerProjection:
     ) -> None:
         weight, bias = layer.folded()
         self.weight = to_device(weight, device)
-        self.wide: DeviceWeight | None = None  # the same with 8-bit codes; see cuda_widen.py
         self.bias = None if bias is None else bias.float().to(device)
         self.n, self.k = self.weight.shape
         self.act_bits = layer.scheme.act_bits
@@ -179,13 +179,8 @@ class IntegerProjection:
         """Write the product with its epilogue; the bias is the layer's own."""
         whole = Epilogue(self.bias, epilogue.act, epilogue.up, epilogue.up_bias, epilogue.gate,
                          epilogue.residual)
-        launch.run_product(self.tokens(tokens, step), self.read, out, self.machine.workspace,
+        launch.run_product(self.tokens(tokens, step), self.weight, out, self.machine.workspace,
                            whole, pdl=self.machine.pdl)
-
-    @property
-    def read(self) -> DeviceWeight:
-        """The weight as products read it."""
-        return self.wide or self.weight
 
     def sums(self, tokens: Tokens, gate: Tensor | None, step: int) -> Branch | None:
         """Leave a split product's raw sums to the next norm, for few tokens; None for others."""
@@ -312,7 +307,7 @@ class Group:
         """Put rows of heads in pairs, for positions in the epilogue; whether that is wanted."""
         part = self.parts[0]
         if ('turn' not in self.machine.ways or len(self.parts) > 1
-                or not isinstance(part, IntegerProjection)):
+                or not isinstance(part, IntegerProjection) or width % (2 * EIGHT)):
             return False
         part.weight = paired(part.weight, width)
         if part.bias is not None:
@@ -326,7 +321,7 @@ class Group:
         part = self.parts[0]
         assert isinstance(part, IntegerProjection)
         tokens = part.tokens(stream.tokens(part.take(step), norm), step)
-        launch_fused.run_turned(tokens, part.read, q, turn, part.bias, pdl=self.machine.pdl)
+        launch_fused.run_turned(tokens, part.weight, q, turn, part.bias, pdl=self.machine.pdl)
 
     def run(
         self, stream: Stream, norm: Norm, out: Tensor, *, rows: int = 0, step: int = 0

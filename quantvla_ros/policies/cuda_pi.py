@@ -9,7 +9,6 @@ the modulation table; the sign of time is in the last layer's weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ from quantvla_ros.policies.cuda_layers import (
 )
 from quantvla_ros.policies.cuda_parts import FloatProjection, Machine, Stream, small
 from quantvla_ros.policies.cuda_source import Source
-from quantvla_ros.policies.cuda_widen import widener
 from quantvla_ros.policies.flow import guidance_weight
 from quantvla_ros.policies.gemma import EPS, GemmaConfig
 
@@ -131,9 +129,6 @@ class PiPlan:
         out = small(source, 'action_out')
         self.leave = FloatProjection(-out.weight, None if out.bias is None else -out.bias)
         self._conditions(source)
-        self.widener = widener(m, [
-            *zip(self.vision.attentions, self.vision.mlps, strict=True),
-            *zip_longest(self.backbone.attentions, self.backbone.mlps)])
 
     def _conditions(self, source: Source) -> None:
         """Norms, gates and first layers of every step."""
@@ -165,8 +160,6 @@ class PiPlan:
     def prefix(self) -> None:
         """Inputs -> keys and values of every layer, and how many there are."""
         self.machine.pdl = self.early.prefix
-        if self.widener is not None:
-            self.widener.start()
         i, width = self.inputs, self.config.backbone.width
         seen = self.vision.run(i.images)
         x = self.machine.scratch('prefix', self.capacity, width)

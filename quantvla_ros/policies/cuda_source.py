@@ -20,6 +20,7 @@ class Source(Protocol):
 
     device: torch.device
     dtype: torch.dtype
+    kind: str  # scheme of its quantized layers without the group, or 'float'
 
     def linear(self, name: str) -> Linear:
         """A linear layer: float with its values on the device, or quantized."""
@@ -32,10 +33,7 @@ class Source(Protocol):
 
 
 class ModelSource:
-    """Weights of a loaded model, with quantized layers in the places of some linears.
-
-    kind: scheme of its quantized layers without the group, or 'float'.
-    """
+    """Weights of a loaded model, with quantized layers in the places of some linears."""
 
     def __init__(
         self, model: Any, device: torch.device, dtype: torch.dtype, conditions: Sequence[Any]

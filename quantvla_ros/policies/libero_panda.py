@@ -23,6 +23,7 @@ from quantvla_ros.observation import Observation
 from quantvla_ros.policies import flow
 from quantvla_ros.policies.base import PolicySettings, Prospect
 from quantvla_ros.policies.libero_checkpoint import WEIGHTS, Checkpoint, read_checkpoint
+from quantvla_ros.policies.libero_graph import RecordedChunks
 from quantvla_ros.policies.libero_looks import HEAD, Seen, hooked
 from quantvla_ros.policies.libero_program import ChunkProgram, RecordedContext
 from quantvla_ros.policies.libero_quantized import find_artifact, read_quantized
@@ -207,7 +208,9 @@ class LiberoVla:
         self.config = checkpoint.config
         self.door = Door(checkpoint, contract)
         self.device = torch.device(settings.device)
+        self.precision = settings.precision
         self.dtype = DTYPES.get(settings.precision, torch.float32)
+        self._recorded: dict[int, RecordedChunks] = {}
         self.steps = settings.steps or checkpoint.steps
         self.program = ChunkProgram(net, steps=self.steps) if record else None
         self.tabulate(net)
@@ -321,10 +324,36 @@ class LiberoVla:
             return self.velocity(prepared, x, step)
 
         chunks = flow.denoise(velocity, start.to(self.device), self.steps, guidance)
+        return self._leave(chunks, prepared.states, prepared.stamps_ns)
+
+    @torch.inference_mode()
+    def chunks(
+        self, observations: Sequence[Observation], seeds: Sequence[int]
+    ) -> list[ActionChunk]:
+        """Return one chunk for each observation; on a GPU by a recorded graph for this many."""
+        if self.device.type != 'cuda' or self.precision not in DTYPES:
+            return self.denoise_batch(self.prepare_batch(observations), seeds)
+        shape = (self.config.chunk, self.config.action)
+        start = torch.from_numpy(np.stack([flow.noise(seed, shape) for seed in seeds]))
+        tensors, states = self._inputs(observations)
+        inputs = (*tensors, start.to(self.device))
+        if len(seeds) not in self._recorded:
+            self._recorded[len(seeds)] = RecordedChunks(self._chunk_of, inputs)
+        chunks = self._recorded[len(seeds)](*inputs)
+        return self._leave(chunks, states, [o.stamp_ns for o in observations])
+
+    def _chunk_of(self, images: Tensor, words: Tensor, state: Tensor, start: Tensor) -> Tensor:
+        """Normalised observations and noise -> normalised chunks, by device work alone."""
+        prepared = Prepared(self.net.prefix(images, words, state), np.empty(0), ())
+        return flow.denoise(lambda x, step: self.velocity(prepared, x, step), start, self.steps)
+
+    def _leave(
+        self, chunks: Tensor, states: np.ndarray, stamps_ns: Sequence[int]
+    ) -> list[ActionChunk]:
         return [
             self.door.chunk(action, state, stamp_ns)
             for action, state, stamp_ns in zip(
-                chunks.cpu().numpy(), prepared.states, prepared.stamps_ns, strict=True
+                chunks.cpu().numpy(), states, stamps_ns, strict=True
             )
         ]
 

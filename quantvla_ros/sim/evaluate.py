@@ -33,6 +33,7 @@ from quantvla_ros.sim.episodes import (
     cap_of,
     check_contract,
 )
+from quantvla_ros.sim.gpus import visible_gpus
 from quantvla_ros.sim.lighting import DAY, parse_lighting
 from quantvla_ros.sim.players import Player, play_in_processes, play_on_ray
 from quantvla_ros.sim.scenes import MAX_TEXTURE, SUITES, Scene, check_task, load_scene, pack
@@ -74,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6')
     add('--device', default='cpu', help='where the policy computes: cpu or cuda')
     add('--batch', type=int, default=0, metavar='N',
-        help='compute in one process, in batches of N; default: 1 on a CPU, the number of '
-        'workers elsewhere')
+        help='compute in one process per GPU, in batches of N; default: 1 on a CPU, as many as '
+        'players share a GPU elsewhere')
     add('--workers', type=int, default=len(os.sched_getaffinity(0)), help='player processes')
     add('--ray', default='', metavar='ADDRESS', help='play on a Ray cluster instead')
     add('--out', type=Path, default=Path('runs/eval'), metavar='FOLDER')
@@ -115,7 +116,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         model=args.model,
         contract=args.contract,
         device=args.device,
-        batch=args.batch or (1 if args.device == 'cpu' or args.ray else max(args.workers, 1)),
+        batch=args.batch or _batch(args),
         execute=args.execute,
         seed=args.seed,
         max_texture=args.max_texture,
@@ -133,6 +134,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if settings.through_ros:
         through_ros.check(settings)
     return settings
+
+
+def _batch(args: argparse.Namespace) -> int:
+    """As many as may ask at once: the players of one GPU."""
+    if args.device == 'cpu' or args.ray:
+        return 1
+    return max(1, -(-args.workers // max(1, len(visible_gpus()))))
 
 
 def variants_of(args: argparse.Namespace) -> list[Variant]:

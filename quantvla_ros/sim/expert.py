@@ -22,11 +22,15 @@ from quantvla_ros.sim.surroundings import Surroundings
 from quantvla_ros.sim.world import World
 
 RATE_HZ = 20.0
-TURN_SPEED = 1.6  # rad/s
-JOINT_SPEED = 1.0  # rad/s, of the fastest joint when the arm goes to a posture
+TURN_SPEED = 1.1  # rad/s, on average
+# rad/s, of the fastest joint on average. An arm that is told to go much faster falls behind by
+# more than the 0.25 rad to which LIBERO's controller cuts a target, and leaves the straight line.
+JOINT_SPEED = 1.0
+FASTEST = 0.08  # rad, of any joint in one step
 LOST_AFTER = 3  # steps without a finger on it, after which a thing counts as dropped
+SHIFTED = 0.005  # m; a thing this far from where it was is reached for anew
 REMEMBERED = ('queue', 'progress', 'tries', 'target', 'gripper', 'carried', 'lost', 'position',
-              'rotation', 'origin')
+              'rotation', 'origin', 'turned', 'aim', 'aimed_at')
 SMOOTH_FROM = 4  # steps; shorter moves are not eased in and out
 
 
@@ -51,14 +55,21 @@ class Expert:
         self.lost = 0
         self.position, self.rotation = self.arm.pose()
         self.origin = self.target.copy()
+        self.turned = 0.0  # rad, of the joint that the present move turns most
+        self.aim: str | None = None
+        self.aimed_at = np.zeros(3)
 
     def command(self) -> tuple[np.ndarray, float]:
         """Return the command for the present step; call it once per step of the world."""
         self._notice_a_slip()
+        self._notice_a_shift()
         while not self.queue:
             self.position, self.rotation = self.arm.pose_at(self.target)
             self.queue = self.planner.plan(self.target, self.tries)
             self.carried, self.lost = self.around.holding(), 0
+            self.aim = self.planner.aim
+            if self.aim is not None:
+                self.aimed_at = self.around.origin(self.aim).copy()
             self.progress = 0
         segment = self.queue[0]
         if isinstance(segment, Hold):
@@ -94,6 +105,16 @@ class Expert:
         if self.lost >= LOST_AFTER:
             self.queue, self.carried = [], None
 
+    def _notice_a_shift(self) -> None:
+        """Plan anew when what the open hand reaches for has fallen, rolled or been pushed."""
+        if self.aim is None or not self.queue or not isinstance(self.queue[0], Move):
+            return
+        if self.queue[0].gripper > 0:
+            return  # it is in the hand by now, or has been missed
+        if np.linalg.norm(self.around.origin(self.aim) - self.aimed_at) > SHIFTED:
+            self.tries[self.aim] -= 1
+            self.queue = []
+
     def _unfold(self, posture: Posture) -> int:
         """Set the target of the present step towards a posture; return how many it takes."""
         if self.progress == 0:
@@ -109,7 +130,11 @@ class Expert:
         """Set the target of the present step of a move; return how many steps it takes."""
         way = move.position - self.position
         turn = rotation_vector(move.rotation @ self.rotation.T)
-        seconds = max(np.linalg.norm(way) / move.speed, np.linalg.norm(turn) / TURN_SPEED)
+        if self.progress == 0:
+            there, _ = self.arm.solve(move.position, move.rotation, self.target)
+            self.turned = float(np.abs(there - self.target).max())
+        seconds = max(np.linalg.norm(way) / move.speed, np.linalg.norm(turn) / TURN_SPEED,
+                      self.turned / JOINT_SPEED)
         steps = max(1, int(np.ceil(RATE_HZ * seconds)))
         self.gripper = move.gripper
         if self.progress < steps:
@@ -117,5 +142,11 @@ class Expert:
             if steps > SMOOTH_FROM:
                 part = part * part * (3 - 2 * part)
             rotation = rotation_of(part * turn) @ self.rotation
-            self.target, _ = self.arm.solve(self.position + part * way, rotation, self.target)
+            found, _ = self.arm.solve(self.position + part * way, rotation, self.target)
+            change = found - self.target
+            most = float(np.abs(change).max())
+            if most > FASTEST:  # a joint has far to turn here: the hand waits for it
+                change *= FASTEST / most
+                self.progress -= 1
+            self.target = self.target + change
         return steps + move.settle

@@ -27,6 +27,8 @@ RIM_DIRECTIONS = 16
 # how far inside the rim in m and how much the hand leans outwards in rad, tried in this order
 RIM_WAYS = ((0.008, 0.0), (0.022, 0.0), (0.006, 0.3), (0.006, 0.42), (-0.004, 0.3))
 HOVER = 0.08  # m above a grasp
+HAND_HALF = 0.10  # m, across the fingers
+BESIDE = 0.04  # m from the middle of a thing towards a front where there is still room
 # rad; a joint this far from its home: the elbow hits what stands around more often than not, and
 # the arm must unfold on the way there
 TWISTED = 1.3
@@ -85,10 +87,10 @@ def rim_candidates(points: np.ndarray) -> Iterator[Pose]:
     A direction in which a handle sticks out is left out. Where a straight hand has no room, one
     that leans outwards follows.
     """
-    top = points[:, 2].max()
-    height = max(top - RIM_DEPTH, points[:, 2].min() + TIP_BELOW + 0.004)
-    rim = points[points[:, 2] > top - 0.03]
+    lowest = points[:, 2].min() + TIP_BELOW + 0.004
+    rim = points[points[:, 2] > points[:, 2].max() - 0.03]
     radii, centre = _rim_radii(rim)
+    tops = _rim_tops(rim, centre)
     usual = np.median(radii)
     scored = []
     for index in range(RIM_DIRECTIONS):
@@ -102,6 +104,7 @@ def rim_candidates(points: np.ndarray) -> Iterator[Pose]:
             spot = centre + outward * (radii[index] - inset)
             approach = np.append(-np.sin(lean) * outward, -np.cos(lean))
             score = abs(yaw) + 0.05 * (outward[1] < 0) + 10.0 * order
+            height = max(tops[index] - RIM_DEPTH, lowest)
             pose = np.append(spot, height), hand_rotation(approach, closing)
             scored.append((score, pose))
     yield from (pose for _, pose in sorted(scored, key=lambda item: item[0]))
@@ -119,6 +122,15 @@ def _rim_radii(rim: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         good = np.abs(radii - usual) < 0.012
         centre = centre + 0.5 * ((radii - usual)[:, None] * directions)[good].mean(0)
     return radii, centre
+
+
+def _rim_tops(rim: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Return how high the rim is in each direction: that of a tilted bowl by centimetres."""
+    seen = np.arctan2(*(rim[:, :2] - centre).T[::-1])
+    angles = 2 * np.pi * np.arange(RIM_DIRECTIONS) / RIM_DIRECTIONS
+    away = np.abs((seen - angles[:, None] + np.pi) % (2 * np.pi) - np.pi)
+    near = away <= np.maximum(2 * np.pi / RIM_DIRECTIONS, away.min(1, keepdims=True))
+    return np.where(near, rim[:, 2], -np.inf).max(1)
 
 
 def knob_candidates(around: Surroundings, name: str) -> Iterator[Pose]:
@@ -145,15 +157,22 @@ def candidates(around: Surroundings, name: str) -> Iterator[Pose]:
 
 
 def choose_grasp(
-    around: Surroundings, arm: ArmKinematics, name: str, skip: int = 0
+    around: Surroundings, arm: ArmKinematics, name: str, skip: int = 0,
+    front: np.ndarray | None = None,
 ) -> Grasp | None:
     """Return the best candidate that the arm reaches without hitting anything.
 
     Those that twist the arm come last: only the hand is checked for room, not the elbow.
     skip: how many good candidates to pass over, for another try after a failed one.
+    front: outward direction of a front that the thing is then put down close to; poses in which
+    the hand does not stick out towards it come first.
     """
     reached, twisted, clear = [], [], []
-    for position, rotation in candidates(around, name):
+    poses = list(candidates(around, name))
+    if front is not None:
+        middle = around.origin(name)
+        poses.sort(key=lambda pose: _sticks_out(pose, middle, front) > BESIDE)
+    for position, rotation in poses:
         joints, error = arm.solve(position, rotation, arm.home)
         if error > REACH_ERROR:
             continue
@@ -170,6 +189,12 @@ def choose_grasp(
     # where nothing is quite clear, a light touch on the way is better than no try
     found = clear + twisted or reached
     return found[skip % len(found)] if found else None
+
+
+def _sticks_out(pose: Pose, middle: np.ndarray, front: np.ndarray) -> float:
+    """How far the hand reaches from the middle of the thing towards a front, against `front`."""
+    position, rotation = pose
+    return float(HAND_HALF * abs(rotation[:, 0] @ front) - (position - middle) @ front)
 
 
 def _has_room(

@@ -8,6 +8,7 @@ must go to satisfy one. Refuses a condition no skill serves, with its name.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
@@ -21,19 +22,22 @@ DROP = 0.008  # m above a surface at which a thing is let go
 BOXES = ('microwave',)
 BOX_PLACE = np.array([-0.022, -0.025, 0.0])  # m from the middle of its region: room for the hand
 ROOM = 0.13  # m; a drawer must be this far open to put something in
+OUTWARD = np.arange(0.0, 0.041, 0.005)  # m from the middle of a drawer
 LEANS = 0.25  # rad; what leans on a drawer's wall keeps the drawer from closing
 
 
 class Planner:
-    """Plans for one world."""
+    """Plans for one world. aim: what the last plan reaches for from above, if it does."""
 
     def __init__(self, world: World, arm: ArmKinematics, around: Surroundings) -> None:
         self.world, self.around = world, around
         self.skills = Skills(world, arm, around)
+        self.aim: str | None = None
         self.goal = sorted(enumerate(world.scene.goal), key=lambda item: ORDER.index(item[1][0]))
 
     def plan(self, seed: np.ndarray, tries: Counter[str]) -> list[Segment]:
         """Return the moves up to the next point of decision; never an empty list."""
+        self.aim = None
         met = self.world.conditions()
         for number, condition in self.goal:
             if not met[number] or self._leans(condition):
@@ -83,22 +87,32 @@ class Planner:
     ) -> list[Segment]:
         site = self.world.scene.sites.get(target)
         held = self.around.holding()
-        if site and site['joints'] and held is None:
-            joint = site['joints'][0]
-            if 'drawer' in joint or 'level' in joint:
-                opened = abs(float(self.world.data.qpos[
-                    self.world.model.jnt_qposadr[self.world.joint_id(joint)]]))
-                if opened < ROOM:
-                    return self.skills.open_drawer(joint, seed)
+        drawer = self._drawer(site)
+        if drawer and held is None and self.skills.opened(drawer) < ROOM:
+            return self.skills.open_drawer(drawer, seed)
         if held not in (None, thing):
             return self._put_aside(held)
         if site and self._category(site['parent']) in BOXES:
             return self._through_door(thing, target, held)
         if held is None:
-            moves = self.skills.pick(thing, seed, tries[thing] // 2)
+            moves = self.skills.pick(thing, seed, tries[thing] // 2, drawer)
             tries[thing] += 1
+            self.aim = thing
             return moves
         return self._put_down(verb, thing, target)
+
+    def _clear_of_handles(self, spot: np.ndarray, outward: np.ndarray, thing: str) -> np.ndarray:
+        """Return the place nearest to a spot in an open drawer with nothing sticking out above."""
+        points = self.around.points(thing)
+        half = 0.9 * float(np.ptp(points[:, :2], axis=0).max()) / 2
+        spots = [spot + out * outward[:2] for out in OUTWARD]
+        tops = [self.around.surface_below(place, half, (thing,)) for place in spots]
+        return spots[int(np.argmin(tops))]
+
+    def _drawer(self, site: dict[str, Any] | None) -> str | None:
+        """Return the joint of the drawer that a region is in, if it is in one."""
+        joint = site['joints'][0] if site and site['joints'] else ''
+        return joint if 'drawer' in joint or 'level' in joint else None
 
     def _category(self, name: str | None) -> str:
         return self.world.scene.things[name]['category'] if name in self.world.scene.things else ''
@@ -134,10 +148,15 @@ class Planner:
         below = self.around.surface_below(spot, 0.02, (thing,))
         site = self.world.scene.sites.get(target)
         if verb == 'in' and site:
+            drawer = self._drawer(site)
+            if drawer:
+                spot = self._clear_of_handles(spot, self.skills.outward(drawer), thing)
+                below = self.around.surface_below(spot, 0.02, (thing,))
             points = self.around.points(thing)
             position, _ = self.skills.arm.pose()
             hang = float(position[2] - points[:, 2].min())
             walls = self.around.surface_below(spot, 0.11, (thing,))
-            bottom = max(below + 0.02, walls + 0.015 - hang)
-            return self.skills.place(thing, spot, bottom)
+            clear = max(below + 0.02, walls + 0.015 - hang)
+            return self.skills.place(
+                thing, spot, self.skills.lowest_release(thing, spot, clear, below + 0.02))
         return self.skills.place(thing, spot, below + DROP)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -21,10 +22,10 @@ from quantvla_ros.contract import load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
 from quantvla_ros.sim.episodes import Act, Episode, Outcome, Settings, Variant, Watch, play
-from quantvla_ros.sim.gpus import renders_on
+from quantvla_ros.sim.gpus import computes_on, renders_on, visible_gpus
 from quantvla_ros.sim.lighting import parse_lighting
 
-PATIENCE_S = 0.004  # how long a batch waits for more to join
+PATIENCE_S = 0.015  # how long a batch waits for the next one to join; a small batch costs as much
 MAX_DEATHS = 8
 
 
@@ -133,14 +134,14 @@ class BatchedInference:
         if variant not in self._policies:
             self._policies[variant] = load_policy(self.settings, variant, 0)
         policy = self._policies[variant]
-        if not hasattr(policy, 'prepare_batch'):
+        if not hasattr(policy, 'chunks'):
             raise ValueError(f'policy {self.settings.policy!r} has no batches; use --batch 1')
         size, found = self.settings.batch, []
         for first in range(0, len(asked), size):
             part = list(asked[first : first + size])
             full = part + [part[-1]] * (size - len(part))
-            prepared = policy.prepare_batch([observation for observation, _ in full])
-            found += policy.denoise_batch(prepared, [seed for _, seed in full])[: len(part)]
+            observations, seeds = zip(*full, strict=True)
+            found += policy.chunks(observations, seeds)[: len(part)]
         return found
 
 
@@ -152,11 +153,12 @@ def _serve(connection: Connection, settings: Settings) -> None:
         return connection.recv()
 
     player = Player(settings, ask if settings.batch > 1 else None)
-    while (episode := connection.recv()) is not None:
-        try:
-            connection.send(('done', player.play(episode)))
-        except ValueError as error:
-            connection.send(('refused', str(error)))
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # who asked has ended
+        while (episode := connection.recv()) is not None:
+            try:
+                connection.send(('done', player.play(episode)))
+            except ValueError as error:
+                connection.send(('refused', str(error)))
 
 
 class _Worker:
@@ -184,9 +186,76 @@ def play_in_processes(
 ) -> Iterator[Outcome]:
     """Play on several processes of this machine; outcomes come as they finish.
 
-    A process that dies gives its episode back as crashed and is replaced. Raises ValueError with
-    what a player refused.
+    Where there are several GPUs, each computes the batches of its own players. A process that
+    dies gives its episode back as crashed and is replaced. Raises ValueError with what a player
+    refused.
     """
+    gpus = len(visible_gpus()) if settings.device == 'cuda' and settings.batch > 1 else 1
+    if gpus > 1:
+        yield from _play_on_gpus(divide(episodes, gpus), settings, -(-workers // gpus))
+    else:
+        yield from _play_on_one(episodes, settings, workers)
+
+
+def divide(episodes: Sequence[Episode], parts: int) -> list[list[Episode]]:
+    """Cut the list where the parts may take equally long, so that each meets few tasks."""
+    total, before = sum(episode.cap for episode in episodes), 0
+    found: list[list[Episode]] = [[] for _ in range(parts)]
+    for episode in episodes:
+        found[before * parts // total].append(episode)
+        before += episode.cap
+    return [part for part in found if part]
+
+
+def _play_share(
+    connection: Connection, episodes: Sequence[Episode], settings: Settings, workers: int
+) -> None:
+    try:
+        for outcome in _play_on_one(episodes, settings, workers):
+            connection.send(outcome)
+    except (ValueError, RuntimeError) as error:
+        connection.send(error)
+    connection.send(None)
+
+
+def _play_on_gpus(
+    shares: Sequence[Sequence[Episode]], settings: Settings, workers: int
+) -> Iterator[Outcome]:
+    """Play each share in a process that has players and a GPU of its own."""
+    context = mp.get_context('spawn')
+    processes, live = [], []
+    for index, share in enumerate(shares):
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_play_share, args=(theirs, share, settings, workers))
+        with computes_on(index):
+            process.start()
+        theirs.close()
+        processes.append(process)
+        live.append(mine)
+    try:
+        while live:
+            for connection in wait(live):
+                assert isinstance(connection, Connection)
+                try:
+                    told = connection.recv()
+                except EOFError:
+                    raise RuntimeError('a process with a GPU of its own died') from None
+                if told is None:
+                    live.remove(connection)
+                elif isinstance(told, Exception):
+                    raise told
+                else:
+                    yield told
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def _play_on_one(
+    episodes: Sequence[Episode], settings: Settings, workers: int
+) -> Iterator[Outcome]:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # read by the children, which compute alone
     queue, inference = Queue(episodes), BatchedInference(settings)
     team = [_Worker(settings, index) for index in range(min(workers, len(episodes)))]

@@ -33,6 +33,9 @@ KNOB_TURN = 0.85  # rad; a stove counts as on from 0.5
 SLOT = 0.042  # m from the middle of a cooker for each of two pots
 PAIR = 0.028  # m from the middle of a basket for each of two things
 PUSH_PAST = 0.03
+LOWER = 0.01  # m from one height at which there is room to the next
+ROOM_ERROR = 4e-3
+FINGERS_OPEN = 0.04  # m, each
 SWAPPED = np.diag([-1.0, -1.0, 1.0])  # the same hand with its fingers exchanged
 
 
@@ -105,9 +108,12 @@ class Skills:
 
     # -- pick and place ----------------------------------------------------------------------
 
-    def pick(self, name: str, seed: np.ndarray, tries: int) -> list[Segment]:
-        """Take hold of a thing and lift it a little."""
-        grasp = choose_grasp(self.around, self.arm, name, skip=tries)
+    def pick(
+        self, name: str, seed: np.ndarray, tries: int, drawer: str | None = None
+    ) -> list[Segment]:
+        """Take hold of a thing and lift it a little. drawer: the joint of where it goes."""
+        front = self.outward(drawer) if drawer else None
+        grasp = choose_grasp(self.around, self.arm, name, skip=tries, front=front)
         if grasp is None:
             return [*self.retreat(OPEN), Hold(OPEN, 4)]
         above = grasp.position + grasp.way
@@ -154,6 +160,24 @@ class Skills:
             moves[-1] = Move(goal, rotation, CLOSE, SLOW, settle=3)
         return [*moves, Hold(OPEN, 6), Move(goal + [0, 0, 0.09], rotation, OPEN, settle=0)]
 
+    def lowest_release(self, name: str, spot: np.ndarray, clear: float, floor: float) -> float:
+        """Return how low the held thing can be let go into something with walls.
+
+        From a height that is clear of everything down to the floor, as far as the open hand has
+        room: what falls from high above comes to lean.
+        """
+        position, rotation = self.arm.pose()
+        hang = float(position[2] - self.around.points(name)[:, 2].min())
+        goal = np.append(spot - (self.around.origin(name) - position)[:2], 0.0)
+        joints, bottom = self.world.arm_positions(), clear
+        while bottom - LOWER > floor:
+            goal[2] = bottom - LOWER + hang
+            joints, error = self.arm.solve(goal, rotation, joints)
+            if error > ROOM_ERROR or self.around.hand_collides(joints, FINGERS_OPEN, (name,)):
+                return bottom
+            bottom -= LOWER
+        return floor if bottom < clear else bottom
+
     def unfold(self, gripper: float) -> list[Segment]:
         """Go up and back to the posture from which everything is in reach."""
         return [*self.retreat(gripper), Posture(self.arm.home, gripper)]
@@ -178,10 +202,14 @@ class Skills:
         bar = max(geoms, key=lambda g: float(data.geom_xpos[g] @ outward))
         return data.geom_xpos[bar].copy(), outward
 
+    def outward(self, joint: str) -> np.ndarray:
+        """Return the direction (3,) in which a drawer opens."""
+        return self._handle(joint)[1]
+
     def open_drawer(self, joint: str, seed: np.ndarray) -> list[Segment]:
         """Take the handle from the front, the fingers above and below it, and pull."""
         handle, outward = self._handle(joint)
-        opened = self._opened(joint)
+        opened = self.opened(joint)
         rotation = self._front_rotation(outward)
         grip = handle + [0, 0, -0.004]
         before = grip + 0.07 * outward
@@ -209,7 +237,8 @@ class Skills:
         _, present = self.arm.pose()
         return min((found, found @ SWAPPED), key=lambda r: -float(np.trace(r @ present.T)))
 
-    def _opened(self, joint: str) -> float:
+    def opened(self, joint: str) -> float:
+        """Return how far a drawer is open, m."""
         model = self.world.model
         return abs(float(self.world.data.qpos[model.jnt_qposadr[self.world.joint_id(joint)]]))
 
@@ -219,7 +248,7 @@ class Skills:
         rotation = hand_rotation(-outward + [0, 0, -1.0], np.cross(outward, [0.0, 0.0, 1.0]))
         touch = handle + 0.035 * outward + [0, 0, 0.0]
         before = touch + 0.05 * outward + [0, 0, 0.10]
-        end = handle - (self._opened(joint) + PUSH_PAST) * outward + 0.01 * outward
+        end = handle - (self.opened(joint) + PUSH_PAST) * outward + 0.01 * outward
         return [
             *self.travel(before, rotation, CLOSE, hang=0.03),
             Move(touch, rotation, CLOSE, SLOW),

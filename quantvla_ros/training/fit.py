@@ -95,6 +95,7 @@ class Trainer:
                    for k, v in asdict(statistics).items()}
         self.scale = tensors
         self.noise = torch.tensor(STATE_NOISE, device=device)
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
 
     def _optimizer(self) -> torch.optim.AdamW:
         matrices = [p for p in self.net.parameters() if p.ndim >= 2]
@@ -140,7 +141,7 @@ class Trainer:
             loss = self.loss(self.net, *batch, self.settings.draws)
         loss.backward()
         self._share_gradients()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self._limit_gradients()
         self.optimizer.step()
         self.step += 1
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
@@ -148,6 +149,15 @@ class Trainer:
             torch._foreach_lerp_(
                 list(self.average.parameters()), list(self.net.parameters()), 1 - decay)
         return loss.detach()
+
+    def _limit_gradients(self) -> None:
+        """Clip; a gradient that is not finite counts as none, or one step would end it all."""
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        wrong = ~torch.isfinite(norm)
+        self.skipped += wrong
+        for gradient in gradients:
+            gradient.masked_fill_(wrong, 0.0)
 
     def _share_gradients(self) -> None:
         if self.ranks == 1:
@@ -265,7 +275,8 @@ def fit(
         now = time.monotonic()
         rate = since * trainer.settings.batch * trainer.ranks / (now - told)
         entry = {'step': trainer.step, 'seconds': round(trainer.spent_s, 1), 'part': part,
-                 'loss': total.item() / since, 'samples_per_s': round(rate)}
+                 'loss': total.item() / since, 'samples_per_s': round(rate),
+                 'skipped': int(trainer.skipped)}
         total.zero_()
         since, told = 0, now
         if now - saved > trainer.settings.checkpoint_s:

@@ -32,7 +32,7 @@ from quantvla_ros.sim.episodes import (
 )
 from quantvla_ros.sim.expert import Expert
 from quantvla_ros.sim.gpus import renders_on
-from quantvla_ros.sim.players import BatchedInference
+from quantvla_ros.sim.players import PATIENCE_S, BatchedInference
 from quantvla_ros.sim.rendering import mujoco
 from quantvla_ros.sim.starts import StartSampler
 from quantvla_ros.sim.world import CLOSE, OPEN, World
@@ -53,7 +53,6 @@ SNAPSHOT_EVERY = 8  # steps
 INTERRUPT = 0.3  # share of successes the expert takes over in the middle of
 DISTURBED = 0.25  # share of attempts that begin with a prelude
 SLIPS, NOISY, NOISY_RAD = 0.15, 0.15, 0.02
-PATIENCE_S = 0.004
 PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS
 
 

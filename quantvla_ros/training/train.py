@@ -4,7 +4,8 @@
 demos: demonstrations and their frames. fit: train, go on, or fine-tune. takeover: roll the policy
 out and let the expert go on where it failed. render: frames of what lacks them. select: play
 models from drawn starts, never official ones, and name the best. card: the log of it all for the
-model card. All stages share one work folder and can be interrupted and repeated.
+model card. all: everything in its order, side by side where there are GPUs for it. All stages
+share one work folder and can be interrupted and repeated.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch.distributed as dist
 from quantvla_ros.policies.libero_checkpoint import read_checkpoint
 from quantvla_ros.policies.libero_vla import VlaConfig
 from quantvla_ros.policies.vocabulary import Vocabulary
-from quantvla_ros.sim.gpus import gpu_count
+from quantvla_ros.sim.gpus import gpu_count, side_by_side
 from quantvla_ros.sim.scenes import MAIN_SUITES, load_scene, parse_tasks
 from quantvla_ros.training.dataset import load_demonstrations, statistics_of
 from quantvla_ros.training.fit import (
@@ -39,7 +41,7 @@ from quantvla_ros.training.fit import (
 )
 from quantvla_ros.training.generate import generate, render
 
-STAGES = ('demos', 'fit', 'takeover', 'render', 'select', 'card')
+STAGES = ('demos', 'fit', 'takeover', 'render', 'select', 'card', 'all')
 ABLATIONS = ('augmentation', 'average', 'noise', 'preludes')
 SELECT_SEED = 90_000  # added to --seed: starts that nothing was trained on
 PLAIN_KINDS = ('none', 'elsewhere')  # nothing to recover from
@@ -69,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--init', type=Path, default=None, help='fine-tune this model instead of a fresh one')
     add('--resume', action='store_true', help='go on from the last checkpoint')
     add('--gpus', type=int, default=-1, help='default: all there are')
-    add('--seconds', type=float, default=300.0, help='of the schedule, on the wall clock')
+    add('--seconds', type=float, default=300.0,
+        help='of the schedule, on the wall clock; all: of the whole training')
+    add('--seeds', type=int, default=3, help='all: models that are trained from --seed on')
     add('--steps', type=int, default=0, help='of the schedule, instead of seconds')
     add('--batch', type=int, default=512, help='per GPU')
     add('--rate', type=float, default=6e-4)
@@ -117,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     {'demos': run_demos, 'fit': run_fit, 'takeover': run_takeover, 'render': run_render,
-     'select': run_select, 'card': run_card}[args.stage](args)
+     'select': run_select, 'card': run_card, 'all': run_all}[args.stage](args)
     say(f'{args.stage} took {time.monotonic() - started:.0f} s')
     return 0
 
@@ -143,13 +147,15 @@ def run_render(args: argparse.Namespace) -> None:
                args.limit, say)
 
 
-def _shares(args: argparse.Namespace) -> list[list[tuple[tuple[str, int], int]]]:
+def _shares(
+    args: argparse.Namespace, processes: int
+) -> list[list[tuple[tuple[str, int], int]]]:
     """Divide the attempts of this shard among processes, few tasks for each."""
     part, _, parts = args.shard.partition('/')
     tasks = parse_tasks(args.suites)
     attempts = [(task, number) for number in range(args.attempts) for task in tasks]
     mine = sorted(attempts[int(part) :: int(parts)])
-    size = -(-len(mine) // _processes(args)[0])
+    size = -(-len(mine) // processes)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
 
@@ -158,8 +164,8 @@ def run_takeover(args: argparse.Namespace) -> None:
     from quantvla_ros.training.takeover import gather
 
     folder = args.work / args.data
-    found = gather(_shares(args), str(args.work / args.model), folder, args.seed, _device(),
-                   textures_of(args), args.limit, say)
+    found = gather(_shares(args, _processes(args)[0]), str(args.work / args.model), folder,
+                   args.seed, _device(), textures_of(args), args.limit, say)
     (folder / f'takeover_{args.shard.partition("/")[0]}.json').write_text(
         json.dumps(found, indent=1))
 
@@ -171,19 +177,34 @@ def _device() -> str:
 def run_select(args: argparse.Namespace) -> None:
     """Play every model from the same drawn starts; write selection.json and name the best."""
     from quantvla_ros.training.card import choose
-    from quantvla_ros.training.takeover import gather
 
-    found = {
-        name: gather(_shares(args), str(args.work / name), args.work / 'select',
-                     args.seed + SELECT_SEED, _device(), textures_of(args), args.limit, say,
-                     alone=True)
-        for name in args.model.split(',')
-    }
+    names = args.model.split(',')
+    found = dict(zip(names, side_by_side(partial(_play_alone, args, len(names)), names),
+                     strict=True))
     selection = choose(found, args.attempts, args.seed + SELECT_SEED)
     (args.work / 'selection.json').write_text(json.dumps(selection, indent=1))
     for name, row in selection['models'].items():
         say(f'{name}: {row["solved"]}/{row["attempts"]} from drawn starts')
     say(f'best: {selection["best"]}')
+
+
+def _play_alone(args: argparse.Namespace, models: int, name: str) -> dict[str, list[int]]:
+    """Play one of the models from the drawn starts, on its share of the processes."""
+    from quantvla_ros.training.takeover import gather
+
+    shares = _shares(args, max(1, _processes(args)[0] // models))
+    return gather(shares, str(args.work / name), args.work / 'select', args.seed + SELECT_SEED,
+                  _device(), textures_of(args), args.limit, say, alone=True)
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Run every stage and write the card of the model that was chosen."""
+    from quantvla_ros.training.campaign import Campaign
+    from quantvla_ros.training.card import write_card
+
+    Campaign(args, torch.cuda.device_count(), say).run()
+    best = json.loads((args.work / 'selection.json').read_text())['best']
+    say(f'wrote {write_card(args.work, best)}; {best} is the best from drawn starts')
 
 
 def run_card(args: argparse.Namespace) -> None:

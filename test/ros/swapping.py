@@ -4,10 +4,10 @@
 
 import pytest
 import torch
-from conftest import Served, make_contract
 from fault_policies import SweepPolicy
 from precise_policy import PrecisePolicy
 from robot import Robot
+from served import Served, make_contract
 
 from quantvla_ros.bench.swap_node import Tap
 from quantvla_ros.bench.wire_checker import WireChecker

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import Served
 from robot import Body, Robot, describe
+from served import Served
 
 from quantvla_ros.bench.parity_case import CAMERAS, CASES, COMMANDED, MEASURED
 from quantvla_ros.bench.random_weights import read_fixture, rebuild

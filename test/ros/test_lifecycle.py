@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import Served
 from fault_policies import SweepPolicy
 from robot import PATIENCE_S, URDF
+from served import Served
 from std_msgs.msg import Float64MultiArray, String
 
 from quantvla_ros.policies.base import POLICIES

@@ -2,7 +2,7 @@
 """`quantvla say`: another instruction while the policy moves the arm."""
 
 import pytest
-from conftest import make_contract
+from served import make_contract
 
 from quantvla_ros import cli
 

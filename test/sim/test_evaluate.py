@@ -115,6 +115,25 @@ def _give_even_to_the_dead(self, episode):
         self.connection.send(episode)
 
 
+def test_players_of_several_gpus_find_what_one_player_finds():
+    settings = Settings(policy='hold', noise_rad=0.3)
+    asked = [Episode(Variant(), 'libero_object', task, 0, 8) for task in (2, 3)]
+    parts = players.divide(asked, 2)
+    assert parts == [asked[:1], asked[1:]]
+
+    def found(outcomes):
+        return sorted((o.episode.task, o.status, o.steps, o.frame.sum()) for o in outcomes)
+
+    on_two = found(players._play_on_gpus(parts, settings, workers=1))
+    assert on_two == found(players.play_in_processes(asked, settings, workers=1))
+
+
+def test_what_a_player_beside_a_gpu_refuses_is_refused_here():
+    asked = [Episode(Variant('w5a5'), 'libero_object', 2, 0, 8)]
+    with pytest.raises(ValueError, match='w5a5'):
+        list(players._play_on_gpus([asked], Settings(), workers=1))
+
+
 def test_wrong_options_are_refused_with_a_sentence(tmp_path, capsys):
     for options, sentence in (
         (['--inits', 'some'], 'expected numbers and ranges such as 0,3-5'),

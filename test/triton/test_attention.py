@@ -44,9 +44,9 @@ def test_attention_in_one_piece(heads, groups, width, device):
     assert error(out, attended(q, k, v, heads, groups, width)) < 1e-6
 
 
-@pytest.mark.parametrize('known', [3, 40, 90])
-def test_split_attention_reads_only_the_keys_there_are(known, device):
-    heads, groups, width = 8, 1, 64
+@pytest.mark.parametrize(('known', 'heads', 'width'), [(3, 8, 64), (40, 3, 48), (90, 3, 64)])
+def test_split_attention_reads_only_the_keys_there_are(known, heads, width, device):
+    groups = 1
     q, k, v = inputs(6, 100, heads, groups, width)
     k[known + 6:], v[known + 6:] = float('nan'), float('nan')  # never to be looked at
     length = torch.tensor([known], dtype=torch.int32, device=device)
@@ -59,6 +59,17 @@ def test_split_attention_reads_only_the_keys_there_are(known, device):
     run_join(parts, 4, width, Take(16, heads * width), out, torch.float32)
     n = known + 6
     assert error(out.data, attended(q, k[:n], v[:n], heads, groups, width)) < 1e-6
+
+
+def test_parts_of_a_narrow_model_are_kept_in_its_type(half, device):
+    q, k, v = (t.to(half) for t in inputs(3, 64, 4, 1, 32))
+    parts = Parts.make(2, 3, 4, 32, device, half)
+    run_attend(q.to(device), Keys(k.to(device), v.to(device), 1, 32, 64), 4, parts,
+               Split(16, 32, 2, 4, 2))
+    out = Tokens(poisoned(3, 128, device=device))
+    run_join(parts, 2, 32, Take(16, 128), out, half)
+    assert parts.values.dtype is half
+    assert error(out.data, attended(q, k, v, 4, 1, 32)) < 8e-3
 
 
 def test_joined_tokens_are_quantized_like_any_other(device):

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from quantvla_ros.bench import gpu, gpu_chunk, gpu_estimate, gpu_gemm, gpu_profile, gpu_tune
+from quantvla_ros.bench import (
+    gpu,
+    gpu_chunk,
+    gpu_estimate,
+    gpu_gemm,
+    gpu_profile,
+    gpu_tune,
+    gpu_ways,
+)
 from quantvla_ros.bench.gpu_policy import RandomPi05, camera_to_command
 from quantvla_ros.bench.gpu_source import Precision, RandomSource
 from quantvla_ros.bench.gpu_time import Bench, Deadline
@@ -132,16 +140,38 @@ def test_ways_are_asked_for_by_name_and_reach_other_processes(tmp_path, capsys):
     assert tiles.asked() == []
 
 
+def test_fastest_set_of_ways_is_named(bench, device, monkeypatch, capsys):
+    def measure(setting, precision, bench, early):
+        if precision.scheme == 'float':
+            return {'whole': 9.0, 'prefix': 4.0, 'loop': 5.0}
+        if tiles.asked() == ['pair', 'raw', 'turn']:
+            raise RuntimeError('too large')
+        whole = 7.0 - ('turn' in tiles.asked()) + ('raw' in tiles.asked())
+        return {'whole': whole, 'prefix': 3.0, 'loop': whole - 3.0}
+
+    monkeypatch.setattr(gpu_chunk, 'measure', measure)
+    monkeypatch.setattr(gpu_chunk, 'free', lambda: None)
+    tiles.ask(['raw'])
+    found = gpu_ways.compare(bench)
+    printed = capsys.readouterr().out
+    assert 'w8a8: fastest with turn' in printed and 'w4a8: fastest with turn' in printed
+    assert 'the best bfloat16 takes 9.000 ms' in printed
+    assert found['w8a8, pair turn raw, nothing early'] == {'missing': 'too large'}
+    assert tiles.asked() == ['raw']  # what was asked for before
+    tiles.ask(())
+
+
 def test_tuning_covers_the_ways_that_are_asked_for(tmp_path, device, monkeypatch):
-    monkeypatch.setattr(gpu_tune, 'FUSED', {'pair': ((5, 96, 128, 'pair'),),
-                                            'raw': ((5, 96, 256, 'raw'),),
-                                            'turn': ((5, 768, 128, 'turned'),)})
-    monkeypatch.setattr(gpu_tune, 'DRY', ())
+    monkeypatch.setattr(gpu_tune, 'DRY', (
+        (5, 96, 256, 'pair'), (5, 96, 256, 'raw'), (5, 768, 256, 'turned')))
     words = ['--tune', '--tiles', str(tmp_path / 'tiles.json'), '--ways', 'all']
+    (tmp_path / 'tiles.json').write_text(json.dumps({'interpreted': {
+        'source': '', 'early': {}, 'ways': ['raw'], 'tiles': [], 'attention': []}}))
     assert gpu.run(arguments(tmp_path, *words)) == 0
     tiles.ask(())
-    written = json.loads((tmp_path / 'tiles.json').read_text())['interpreted']['tiles']
-    assert {'w8a8-pair', 'w4a8-raw', 'w8a8-turned'} <= {entry['kind'] for entry in written}
+    written = json.loads((tmp_path / 'tiles.json').read_text())['interpreted']
+    assert {'w8a8-pair', 'w4a8-raw', 'w8a8-turned'} <= {e['kind'] for e in written['tiles']}
+    assert written['ways'] == ['raw']  # what was decided before stays
 
 
 def test_kernels_of_a_trace_are_put_together_by_name_and_grid():

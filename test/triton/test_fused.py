@@ -8,27 +8,20 @@ from test_product import on, quantized, wanted
 
 from quantvla_ros.kernels import reference
 from quantvla_ros.kernels.cuda import pack
-from quantvla_ros.kernels.cuda.launch import Take, Tokens, run_product
-from quantvla_ros.kernels.cuda.launch_attention import Parts, Turn, run_join, run_turn
-from quantvla_ros.kernels.cuda.launch_fused import (
-    Turned,
-    run_join_at_once,
-    run_pair,
-    run_raw,
-    run_turned,
-)
+from quantvla_ros.kernels.cuda.launch import run_product
+from quantvla_ros.kernels.cuda.launch_attention import Turn, run_turn
+from quantvla_ros.kernels.cuda.launch_fused import Turned, run_pair, run_raw, run_turned
 from quantvla_ros.kernels.cuda.tiles import Tile
-from quantvla_ros.kernels.cuda.widen import room, run_widen, wide_view
 
 
 @pytest.mark.parametrize(('bits', 'group'), [(8, 0), (4, 0), (4, 128)])
-def test_pair_with_rows_in_turns_is_activated_and_multiplied(bits, group, device):
-    first, second = (random_weight(bits, 70, 256, group) for _ in 'gu')
+def test_pair_with_rows_in_eights_is_activated_and_multiplied(bits, group, device):
+    first, second = (random_weight(bits, 72, 256, group) for _ in 'gu')
     q, scale = quantized(18, 256, device)
-    biases = [torch.randn(70), None]
+    biases = [torch.randn(72), None]
     moved = pack.interleaved(*(pack.to_device(w, device) for w in (first, second)))
-    both = pack.pair_of_biases(*biases, 70).to(device)
-    out = poisoned(18, 70, device=device)
+    both = pack.pair_of_biases(*biases, 72).to(device)
+    out = poisoned(18, 72, device=device)
     run_pair(on(device, q, scale, moved), moved, out, 'silu', both,
              tile=Tile(16, 32, 64, 2, 4, 1))
     y = reference.ACTIVATIONS['silu'](wanted(q, scale, first) + biases[0].double())
@@ -39,14 +32,9 @@ def test_halves_of_different_bits_make_no_pair(device):
     halves = [pack.to_device(random_weight(bits, 16, 128), device) for bits in (8, 4)]
     with pytest.raises(ValueError, match='same bits and group'):
         pack.interleaved(*halves)
-
-
-@pytest.mark.parametrize(('group', 'columns'), [(0, 384), (0, 512), (128, 512), (32, 128)])
-def test_wide_weight_holds_the_codes_of_the_narrow_one(group, columns, device):
-    weight = pack.to_device(random_weight(4, 70, columns, group), device)
-    wide = wide_view(weight, torch.full((room(weight),), 99, dtype=torch.int8, device=device))
-    run_widen(weight, wide)
-    assert torch.equal(wide.data, pack.from_nibbles(weight.data, weight.pack))
+    odd = pack.to_device(random_weight(8, 12, 128), device)
+    with pytest.raises(ValueError, match='rows come in eights; 12 do not'):
+        pack.interleaved(odd, odd)
 
 
 @pytest.mark.parametrize(('bits', 'group'), [(8, 0), (4, 0), (4, 128)])
@@ -86,16 +74,3 @@ def test_queries_and_keys_are_turned_and_cached_in_the_epilogue(bits, tile, devi
         *table, *seen[1:], heads * width, (heads + groups) * width, length), tile=tile)
     for ours, theirs in zip(seen, expected, strict=True):
         assert error(ours, theirs) < 1e-6
-
-
-@pytest.mark.parametrize(('heads', 'width'), [(3, 64), (4, 48)])
-def test_parts_joined_at_once_give_what_the_join_gives(heads, width, device):
-    rows, splits = 5, 4
-    parts = Parts.make(splits, rows, heads, width, device)
-    parts.values.normal_()
-    parts.sums.uniform_(0.5, 2.0)
-    parts.largest.normal_()
-    outs = [Tokens(poisoned(rows, heads * width, device=device)) for _ in range(2)]
-    for join, out in zip((run_join, run_join_at_once), outs, strict=True):
-        join(parts, splits, width, Take(16, heads * width), out, torch.float32)
-    assert error(outs[1].data, outs[0].data) < 1e-6

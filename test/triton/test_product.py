@@ -6,7 +6,7 @@ import torch
 from cases import error, poisoned, random_weight
 
 from quantvla_ros.kernels import reference, weights
-from quantvla_ros.kernels.cuda import pack
+from quantvla_ros.kernels.cuda import pack, product
 from quantvla_ros.kernels.cuda.launch import Epilogue, Tokens, run_product
 from quantvla_ros.kernels.cuda.tiles import Tile
 
@@ -120,6 +120,38 @@ def test_nibbles_come_back():
     codes = torch.randint(-8, 8, (6, 512), dtype=torch.int8)
     for block in (64, 128, 256):
         assert torch.equal(pack.from_nibbles(pack.nibbles(codes, block), block), codes)
+
+
+OPERATIONS = {
+    'shl.b32': lambda a, b: (a << b) & 0xFFFFFFFF, 'and.b32': lambda a, b: a & b,
+    'add.f32': lambda a, b: a + b, 'ex2.approx.ftz.f32': lambda a: 2.0**a,
+    'rcp.approx.ftz.f32': lambda a: 1.0 / a,
+}
+
+
+def carried_out(text, operands):
+    """What lines of machine code, which the interpreter passes over, leave in their operands."""
+    values = dict(operands)
+    for line in text.strip('{} ').split(';'):
+        operation, _, names = line.strip().partition(' ')
+        if operation in OPERATIONS:
+            target, *sources = names.split(', ')
+            values[target] = OPERATIONS[operation](*(
+                values[name] if name in values else
+                1.0 if name == '0f3F800000' else int(name, 0) for name in sources))
+    return values
+
+
+def test_machine_code_says_what_the_words_beside_it_say():
+    packed = torch.randint(0, 256, (64,), dtype=torch.uint8)
+    codes = pack.from_nibbles(packed.view(torch.int8).view(1, -1), 128)[0]
+    words = [int.from_bytes(bytes(four), 'little') for four in packed.view(-1, 4).tolist()]
+    found = [carried_out(product.NIBBLES.value, {'$2': word}) for word in words]
+    for name, wanted in (('$0', codes[:64]), ('$1', codes[64:])):
+        seen = b''.join(values[name].to_bytes(4, 'little') for values in found)
+        assert torch.equal(torch.frombuffer(bytearray(seen), dtype=torch.int8), wanted * 16)
+    share = carried_out(product.SHARE.value, {'$1': 1.5})['$0']
+    assert share == pytest.approx(1 / (1 + 2**1.5), rel=1e-12)
 
 
 def test_mixed_rows_become_one_weight(device, workspace):

@@ -2,7 +2,7 @@
 """Triton: few queries over a long cached run of keys, split along the keys; and its positions.
 
 Heads that share keys stand side by side as further rows of one tile, so that keys are read once
-for all of them. Each split leaves its unnormalised sum, its maximum and its weight; `join` puts
+for all of them. Each split leaves its own average, its maximum and its weight; `join` puts
 them together and, in the same pass, rotates and quantizes the token for the next product.
 How many keys there are is read from device memory: one captured graph serves prompts of any
 length up to the capacity it was planned for.
@@ -12,6 +12,14 @@ from __future__ import annotations
 
 from quantvla_ros.kernels.cuda.language import jit, tl
 from quantvla_ros.kernels.cuda.tokens import emit
+
+
+@jit
+def line_of(base, row, stride, D: tl.constexpr, DP: tl.constexpr):
+    """Rows of keys or values, (rows, DP), zero behind column D."""
+    lane = tl.arange(0, DP)[None, :]
+    place = base + row[:, None] * stride + lane
+    return tl.load(place) if D == DP else tl.load(place, mask=lane < D, other=0.0)
 
 
 @jit(do_not_specialize=['rows', 'extra'])
@@ -26,8 +34,9 @@ def attend(
 
     q (batch * tokens, q_stride): head g * SHARE + h at columns (g * SHARE + h) * D
     k, v (batch, S, stride): head g at columns g * D; S = length[0] (where LENGTH) + extra
-    out, where SPLIT is 1: (batch * tokens, out_stride) like q; else float32
-        out (SPLIT, batch * tokens, HEADS * D), sums and largest (SPLIT, batch * tokens, HEADS)
+    out, where SPLIT is 1: (batch * tokens, out_stride) like q; else
+        out (SPLIT, batch * tokens, HEADS * D), and in float32
+        sums and largest (SPLIT, batch * tokens, HEADS)
     factor: log2(e) / sqrt(D), so that the exponential is one of base two
     """
     if PDL:
@@ -60,27 +69,29 @@ def attend(
         keep = (at < keys)[None, :]
         if CAUSAL:
             keep = keep & (at[None, :] <= token[:, None])
-        tile_k = tl.load(k + batch * k_batch + at[None, :] * k_stride + group * D + lane[:, None],
-                         mask=(at < keys)[None, :] & (lane < D)[:, None], other=0.0)
+        read = tl.minimum(at, keys - 1)  # instead of a mask: what it gives weighs nothing
+        tile_k = line_of(k + batch * k_batch + group * D, read, k_stride, D, DP).T
         logits = tl.dot(queries, tile_k, input_precision=PRECISION) * factor
         logits = tl.where(keep, logits, -1e30)
         higher = tl.maximum(peak, tl.max(logits, 1))
-        p = tl.where(keep, tl.exp2(logits - higher[:, None]), 0.0)
+        p = tl.exp2(logits - higher[:, None])
+        if CAUSAL:  # else the first tile holds a key that every row sees
+            p = tl.where(keep, p, 0.0)
         fade = tl.exp2(peak - higher)
         weight = weight * fade + tl.sum(p, 1)
-        tile_v = tl.load(v + batch * v_batch + at[:, None] * v_stride + group * D + lane[None, :],
-                         mask=(at < keys)[:, None] & (lane < D)[None, :], other=0.0)
+        tile_v = line_of(v + batch * v_batch + group * D, read, v_stride, D, DP)
         acc = tl.dot(p.to(tile_v.dtype), tile_v, acc * fade[:, None], input_precision=PRECISION)
         peak = higher
+    # a split may begin behind the last key: it has seen nothing, and weighs nothing
+    acc = acc * tl.where(weight > 0.0, 1.0 / weight, 0.0)[:, None]
     if SPLIT == 1:
-        acc = acc / weight[:, None]
         target = out + place * out_stride + head[:, None] * D + lane[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=known)
     else:
         all_rows = (tl.num_programs(2) // groups) * tokens
         line = split * all_rows + batch * tokens + token
         target = out + (line * HEADS + head)[:, None] * D + lane[None, :]
-        tl.store(target, acc, mask=known)
+        tl.store(target, acc.to(out.dtype.element_ty), mask=known)
         tl.store(sums + line * HEADS + head, weight, mask=row < rows)
         tl.store(largest + line * HEADS + head, peak, mask=row < rows)
 
@@ -99,18 +110,23 @@ def join(
     row = tl.program_id(0)
     column = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
     inside = column < K
-    head = tl.where(inside, column // D, 0)
-    peak = tl.full((BLOCKS, 64), -1e30, tl.float32)
-    for split in range(SPLIT):
+    if D % 64 == 0:  # a block of 64 columns lies within a head: a number for each block will do
+        head = tl.minimum(tl.arange(0, BLOCKS)[:, None] * 64 // D, HEADS - 1)
+    else:
+        head = tl.where(inside, column // D, 0)
+    peak = tl.load(largest + row * HEADS + head)
+    # unrolled: what the parts hold is asked for at once, not part after part
+    for split in tl.static_range(1, SPLIT):
         peak = tl.maximum(peak, tl.load(largest + (split * rows + row) * HEADS + head))
     total = tl.zeros((BLOCKS, 64), tl.float32)
-    weight = tl.zeros((BLOCKS, 64), tl.float32)
-    for split in range(SPLIT):
+    weight = tl.zeros_like(peak)
+    for split in tl.static_range(SPLIT):
         line = (split * rows + row) * HEADS
-        share = tl.exp2(tl.load(largest + line + head) - peak)
-        weight += share * tl.load(sums + line + head)
-        total += share * tl.load(parts + line * D + column, mask=inside, other=0.0)
-    emit(total / weight, diagonal, hadamard, out, scale, static, row, K, KP,
+        share = tl.exp2(tl.load(largest + line + head) - peak) * tl.load(sums + line + head)
+        weight += share
+        part = tl.load(parts + line * D + column, mask=inside, other=0.0)
+        total += share * part.to(tl.float32)
+    emit(total * (1.0 / weight), diagonal, hadamard, out, scale, static, row, K, KP,
          BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)
 
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton: products that end in more than product.py's do. Chosen by tiles.json's `ways`.
 
-    pair   rows of gate and up stand in turns in one weight: one stream of tiles instead of two
+    pair   gate and up stand in one weight, in eights of rows: one stream of tiles instead of two
     turn   queries, keys and values get their positions and go where attention reads them
     raw    the sums of a split product are stored as they are; the next norm adds them up
-    join   attention's splits are joined with all loads in flight
 
 The operands are product.py's. What belongs to the weights is asked for before the kernel ahead
 has ended: nothing in a graph that begins launches early may write scales, biases or gates.
@@ -14,13 +13,17 @@ from __future__ import annotations
 
 from quantvla_ros.kernels.cuda.language import jit, tl
 from quantvla_ros.kernels.cuda.product import activate, sums
-from quantvla_ros.kernels.cuda.tokens import emit
 
 
 @jit
 def pairs_of(y, BN: tl.constexpr, BM: tl.constexpr):
-    """Rows 2 i and 2 i + 1 of (BN, BM) as two halves, (BN / 2, BM) each."""
-    return tl.split(tl.permute(tl.reshape(y, (BN // 2, 2, BM)), (0, 2, 1)))
+    """Eights of rows in turns, (BN, BM), as two halves, (BN / 2, BM) each.
+
+    A thread of the matrix units holds row i and row i + 8 of each 16: nothing is exchanged.
+    """
+    eights = tl.reshape(y, (BN // 16, 2, 8, BM))
+    first, second = tl.split(tl.permute(eights, (0, 2, 3, 1)))
+    return tl.reshape(first, (BN // 2, BM)), tl.reshape(second, (BN // 2, BM))
 
 
 @jit
@@ -31,7 +34,7 @@ def scaled_rows(
     """product.scaled of scales and biases that are loaded: (BM,), and (BN,) each."""
     y = acc.to(tl.float32)
     if BITS == 4:
-        y = y * 0.0625
+        token_scale = token_scale * 0.0625
     if not GROUP:
         y = y * row_scale[:, None]
     y = y * token_scale[None, :]
@@ -59,7 +62,7 @@ def put_pairs(
 ):
     """Turn pairs of rows, and store queries, keys and values where each belongs.
 
-    Row 2 i and 2 i + 1 of a head are its columns i and i + TURN (pack.paired), TURN: half a head.
+    Pair i of a head is its columns i and i + TURN (pack.paired), TURN: half a head.
     """
     a, b = pairs_of(y, BN, BM)
     first, second = a * c - b * s, b * c + a * s
@@ -106,7 +109,7 @@ def fused(
     """One tile (BN rows of W, BM tokens) of one split; grid (tiles, SPLIT), SPLIT > 1 with RAW.
 
     RAW: sums go to out (SPLIT, M, N). TURN: rows are queries, keys from QUERIES on, and values
-    from VALUES on; see put_pairs. Neither: rows 2 i and 2 i + 1 are gate and up.
+    from VALUES on; see put_pairs. Neither: a pair is a row of gate and one of up.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     across = tl.cdiv(M, BM)
@@ -153,36 +156,3 @@ def fused(
             place = out + rm[None, :] * out_stride + ro[:, None]
             tl.store(place, (activate(gate, ACT) * up).to(out.dtype.element_ty),
                      mask=(ro < N // 2)[:, None] & (rm < M)[None, :])
-
-
-@jit
-def join_at_once(
-    parts, sums, largest, diagonal, hadamard, out, scale, static, rows, K, KP,
-    BLOCKS: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
-    TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr, STATIC: tl.constexpr,
-    CAST: tl.constexpr, PDL: tl.constexpr,
-):
-    """Put the splits of one token together, all heads; grid (rows,). K = HEADS * D."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0)
-    column = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
-    inside = column < K
-    if D % 64 == 0:  # a block of 64 columns lies within a head: a number for each block will do
-        head = tl.minimum(tl.arange(0, BLOCKS)[:, None] * 64 // D, HEADS - 1)
-    else:
-        head = tl.where(inside, column // D, 0)
-    peak = tl.load(largest + row * HEADS + head)
-    # unrolled: what the parts hold is asked for at once, not part after part
-    for split in tl.static_range(1, SPLIT):
-        peak = tl.maximum(peak, tl.load(largest + (split * rows + row) * HEADS + head))
-    total = tl.zeros((BLOCKS, 64), tl.float32)
-    weight = tl.zeros_like(peak)
-    for split in tl.static_range(SPLIT):
-        line = (split * rows + row) * HEADS
-        share = tl.exp2(tl.load(largest + line + head) - peak)
-        weight += share * tl.load(sums + line + head)
-        total += share * tl.load(parts + line * D + column, mask=inside, other=0.0)
-    emit(total / weight, diagonal, hadamard, out, scale, static, row, K, KP,
-         BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)

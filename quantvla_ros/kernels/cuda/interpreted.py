@@ -10,9 +10,7 @@ import os
 from types import ModuleType
 from typing import Any
 
-from quantvla_ros.kernels.cuda.language import MISSING
-
-VARIABLE = 'TRITON_INTERPRET'
+from quantvla_ros.kernels.cuda.language import MISSING, VARIABLE
 
 
 def active() -> bool:

@@ -7,13 +7,17 @@ together. So this is imported by what runs on a GPU, and by nothing else.
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+VARIABLE = 'TRITON_INTERPRET'
 
 try:
     import triton
     import triton.language as tl
 
     jit: Any = triton.jit
+    constant: Any = tl.constexpr
     MISSING = ''
 except ImportError as error:
     triton = tl = None
@@ -23,6 +27,13 @@ except ImportError as error:
         del options
         return function or jit
 
+    def constant(value: Any) -> Any:
+        """Leave a constant that kernels read as it is."""
+        return value
+
     MISSING = f'Triton cannot be imported ({error}); install it: pip install triton'
 
-__all__ = ['MISSING', 'jit', 'tl', 'triton']
+# the interpreter knows no machine code; what is written in it stands there in words besides
+MACHINE = constant(os.environ.get(VARIABLE) != '1')
+
+__all__ = ['MACHINE', 'MISSING', 'VARIABLE', 'constant', 'jit', 'tl', 'triton']

@@ -86,20 +86,18 @@ class Keys:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """Float32 scratch of a split attention: sums of values, weights, maxima."""
+    """Scratch of a split attention: averages of values; weights and maxima in float32."""
 
     values: Tensor
     sums: Tensor
     largest: Tensor
 
     @classmethod
-    def make(cls, splits: int, rows: int, heads: int, width: int, device: torch.device) -> Parts:
+    def make(cls, splits: int, rows: int, heads: int, width: int, device: torch.device,
+             dtype: torch.dtype = torch.float32) -> Parts:
         """Hold `splits` parts of (rows, heads * width)."""
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
-
-        return cls(empty(splits, rows, heads * width), empty(splits, rows, heads),
-                   empty(splits, rows, heads))
+        values = torch.empty(splits, rows, heads * width, dtype=dtype, device=device)
+        return cls(values, *(torch.empty(splits, rows, heads, device=device) for _ in range(2)))
 
 
 def run_attend(
@@ -156,7 +154,7 @@ def run_join(
         out.data.stride(0), BLOCKS=blocks_of(out.data.stride(0)), D=width, HEADS=heads,
         SPLIT=split, TOP=take.top, DIAGONAL=take.diagonal is not None, ROTATE=take.rotate,
         STATIC=take.static is not None,
-        CAST=cast_of(dtype), PDL=pdl, num_warps=warps_of(heads * width),
+        CAST=cast_of(dtype), PDL=pdl, num_warps=2 * warps_of(heads * width),
         enable_fp_fusion=False, **launched(pdl),
     )
 

@@ -5,26 +5,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from quantvla_ros.kernels.cuda import fused as kernels
 from quantvla_ros.kernels.cuda.launch import (
-    Take,
     Tokens,
-    blocks_of,
-    cast_of,
     chip_of,
     described,
     language,
     launched,
     nothing,
     problem_of,
-    signs,
     started,
-    warps_of,
 )
-from quantvla_ros.kernels.cuda.launch_attention import Parts
 from quantvla_ros.kernels.cuda.pack import DeviceWeight
 from quantvla_ros.kernels.cuda.tiles import Tile, choose
 
@@ -50,7 +43,7 @@ def run_pair(
     tokens: Tokens, weight: DeviceWeight, out: Tensor, act: str, bias: Tensor | None = None,
     *, tile: Tile | None = None, pdl: bool = False, ahead: bool = False,
 ) -> None:
-    """out (M, N) = act(gate) * up, for a weight of 2 N rows in turns (pack.interleaved)."""
+    """out (M, N) = act(gate) * up, for a weight of 2 N rows (pack.interleaved)."""
     _run(tokens, weight, out, 'pair', bias, act=act, tile=tile, pdl=pdl, ahead=ahead)
 
 
@@ -98,24 +91,4 @@ def _run(
         VALUES=turn.values if turn else 0,
         LENGTH=turn is not None and turn.length is not None, PDL=pdl,
         num_warps=t.warps, num_stages=t.stages, **launched(pdl),
-    )
-
-
-def run_join_at_once(
-    parts: Parts, split: int, width: int, take: Take, out: Tokens, dtype: torch.dtype,
-    *, pdl: bool = False,
-) -> None:
-    """As launch_attention.run_join, all loads in flight."""
-    language()
-    rows, heads = parts.sums.shape[1:]
-    none = nothing(parts.values.device)
-    started(kernels.join_at_once, (rows,), False)(
-        parts.values, parts.sums, parts.largest,
-        take.diagonal if take.diagonal is not None else none, signs(parts.values.device),
-        out.data, out.scale if out.scale is not None else none,
-        take.static if take.static is not None else none, rows, heads * width,
-        out.data.stride(0), BLOCKS=blocks_of(out.data.stride(0)), D=width, HEADS=heads,
-        SPLIT=split, TOP=take.top, DIAGONAL=take.diagonal is not None, ROTATE=take.rotate,
-        STATIC=take.static is not None, CAST=cast_of(dtype), PDL=pdl,
-        num_warps=2 * warps_of(heads * width), enable_fp_fusion=False, **launched(pdl),
     )

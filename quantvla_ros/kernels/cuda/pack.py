@@ -16,6 +16,7 @@ from torch import Tensor
 from quantvla_ros.kernels.weights import MixedWeight, PackedWeight, Weight, unpack
 
 ROWS = 128
+EIGHT = 8  # rows between two that one thread of the matrix units holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +107,19 @@ def _mixed(weight: MixedWeight, device: torch.device) -> DeviceWeight:
     return _build(8, codes.to(device), scales.to(device), parts[0].group, (rows, columns))
 
 
+def in_eights(first: Tensor, second: Tensor) -> Tensor:
+    """Eight of one, eight of the other, along the first axis: what fused.pairs_of takes apart."""
+    if first.shape != second.shape or first.shape[0] % EIGHT:
+        raise ValueError(f'rows come in eights; {first.shape[0]} and {second.shape[0]} do not')
+    return torch.stack([first.unflatten(0, (-1, EIGHT)), second.unflatten(0, (-1, EIGHT))],
+                       1).flatten(0, 2)
+
+
 def pair_order(rows: int, turned: int, width: int) -> Tensor:
-    """Order in which column i and i + width / 2 of each head of `turned` rows stand together."""
+    """Order in which columns i and i + width / 2 of each head of `turned` rows are in eights."""
     order = torch.arange(rows)
-    heads = order[:turned].view(-1, 2, width // 2)
-    return torch.cat([heads.transpose(1, 2).flatten(), order[turned:]])
+    halves = order[:turned].view(-1, 2, width // 2).transpose(0, 1).flatten(1)
+    return torch.cat([in_eights(halves[0], halves[1]), order[turned:]])
 
 
 def paired(weight: DeviceWeight, width: int) -> DeviceWeight:
@@ -120,13 +129,15 @@ def paired(weight: DeviceWeight, width: int) -> DeviceWeight:
 
 
 def interleaved(gate: DeviceWeight, up: DeviceWeight) -> DeviceWeight:
-    """Rows of gate and up in turns, for a gated pair in one product."""
+    """Rows of gate and up in eights, for a gated pair in one product."""
     if (gate.bits, gate.group, gate.pack, gate.shape) != (up.bits, up.group, up.pack, up.shape):
         raise ValueError('on a GPU both halves of a gated pair need the same bits and group')
-    data = torch.stack([gate.data, up.data], 1).flatten(0, 1)
-    scales = torch.stack([gate.scales, up.scales], 2).flatten(1)
-    return replace(gate, shape=(2 * gate.shape[0], gate.shape[1]), data=data, scales=scales,
-                   padded=(2 * gate.padded[0], gate.padded[1]))
+    if gate.shape[0] % EIGHT:
+        raise ValueError(f'rows come in eights; {gate.shape[0]} do not')
+    return replace(gate, shape=(2 * gate.shape[0], gate.shape[1]),
+                   padded=(2 * gate.padded[0], gate.padded[1]),
+                   data=in_eights(gate.data, up.data),
+                   scales=in_eights(gate.scales.T, up.scales.T).T.contiguous())
 
 
 def pair_of_biases(gate: Tensor | None, up: Tensor | None, rows: int) -> Tensor | None:
@@ -135,8 +146,8 @@ def pair_of_biases(gate: Tensor | None, up: Tensor | None, rows: int) -> Tensor 
     if some is None:
         return None
     zero = torch.zeros(rows, device=some.device)
-    return torch.stack([(zero if bias is None else bias).float() for bias in (gate, up)],
-                       1).flatten()
+    first, second = ((zero if bias is None else bias).float() for bias in (gate, up))
+    return in_eights(first, second)
 
 
 def stack_rows(weights: list[DeviceWeight]) -> DeviceWeight:

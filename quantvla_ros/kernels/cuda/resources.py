@@ -58,14 +58,15 @@ class Case:
 @dataclass(frozen=True)
 class Usage:
     """What a compiled kernel takes: bytes of a program's shared memory, registers of a thread,
-    bytes of a thread's stack (spills among them), instructions of its matrix units, and bytes of
-    the narrowest copy in its pipeline (0: it has none, so that nothing is loaded ahead)."""
+    bytes of a thread's stack (spills among them), machine instructions, those of its matrix
+    units, and bytes of the narrowest copy in its pipeline (0: nothing is loaded ahead)."""
 
     name: str
     chip: int
     shared: int
     registers: int
     stack: int
+    instructions: int
     matrix: str
     copies: int
 
@@ -138,10 +139,9 @@ def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip:
     """Attention as choose_split cuts it."""
     share = heads // groups
     split = launch_attention.choose_split(rows * share, keys, groups, width, chip)
-    out = '*bf16' if split.parts == 1 else '*fp32'
     numbers = ('rows', 'extra', 'q_stride', 'k_stride', 'v_stride', 'out_stride', 'k_batch',
                'v_batch', 'tokens')
-    types = {'q': '*bf16', 'k': '*bf16', 'v': '*bf16', 'out': out, 'sums': '*fp32',
+    types = {'q': '*bf16', 'k': '*bf16', 'v': '*bf16', 'out': '*bf16', 'sums': '*fp32',
              'largest': '*fp32', 'length': '*i32', 'factor': 'fp32',
              **dict.fromkeys(numbers, 'i32')}
     constants = {'SHARE': share, 'D': width, 'DP': 1 << (width - 1).bit_length(),
@@ -152,19 +152,17 @@ def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip:
     return Case(name, attention.attend, types, constants, split.warps, split.stages)
 
 
-def join_case(heads: int, width: int, parts: int, top: int, rotate: bool,
-              *, at_once: bool = False) -> Case:
+def join_case(heads: int, width: int, parts: int, top: int, rotate: bool) -> Case:
     """The splits of an attention into tokens."""
-    types = {'parts': '*fp32', 'sums': '*fp32', 'largest': '*fp32', 'diagonal': '*fp32',
+    types = {'parts': '*bf16', 'sums': '*fp32', 'largest': '*fp32', 'diagonal': '*fp32',
              'hadamard': '*i8', 'out': '*i8' if top else '*bf16', 'scale': '*fp32',
              'static': '*fp32', 'rows': 'i32', 'K': 'i32', 'KP': 'i32'}
     constants = {'BLOCKS': launch.blocks_of(heads * width), 'D': width, 'HEADS': heads,
                  'SPLIT': parts, 'TOP': top, 'DIAGONAL': rotate, 'ROTATE': rotate,
                  'STATIC': False,
                  'CAST': triton.language.bfloat16, 'PDL': False}
-    kernel, times = (fused.join_at_once, 2) if at_once else (attention.join, 1)
-    name = f'join {heads}x{width} of {parts}' + (' at once' if at_once else '')
-    return Case(name, kernel, types, constants, times * launch.warps_of(heads * width), 3, False)
+    return Case(f'join {heads}x{width} of {parts}', attention.join, types, constants,
+                2 * launch.warps_of(heads * width), 3, False)
 
 
 def turn_case(heads: int, groups: int, width: int, norm: bool) -> Case:
@@ -207,7 +205,6 @@ def cases(chip: Chip) -> Iterator[Case]:
     yield attend_case(49, 560, 32, 32, 48, chip)
     yield attend_case(560, 560, 16, 8, 128, chip, causal=True)
     yield join_case(8, 256, 8, 127, True)
-    yield join_case(8, 256, 8, 127, True, at_once=True)
     yield join_case(32, 48, 4, 0, False)
     yield turn_case(8, 1, 256, False)
     yield turn_case(16, 8, 128, True)
@@ -246,23 +243,23 @@ def usage(case: Case, capability: int) -> Usage:
     widths = [int(width, 0) for width in copies]
     if 'cp.async.bulk.tensor' in ptx:
         widths.append(BULK)
-    registers, stack = _machine_code(kernel.asm['cubin'])
-    return Usage(case.name, capability, int(kernel.metadata.shared), registers, stack, matrix,
-                 min(widths, default=0))
+    return Usage(case.name, capability, int(kernel.metadata.shared),
+                 *_machine_code(kernel.asm['cubin']), matrix, min(widths, default=0))
 
 
-def _machine_code(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack of a thread, as cuobjdump reads them."""
+def _machine_code(cubin: bytes) -> tuple[int, int, int]:
+    """Registers and stack of a thread, and instructions, as cuobjdump reads them."""
     tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([str(tool), '-res-usage', file.name], capture_output=True,
+        done = subprocess.run([str(tool), '-res-usage', '-sass', file.name], capture_output=True,
                               text=True, check=True)
     found = re.search(r'REG:(\d+) STACK:(\d+)', done.stdout)
-    if not found:
+    lines = re.findall(r'/\*[0-9a-f]{4,}\*/\s+[^/\s][^;]*;', done.stdout)
+    if not found or not lines:
         raise RuntimeError(f'cuobjdump said: {done.stdout}')
-    return int(found[1]), int(found[2])
+    return int(found[1]), int(found[2]), len(lines)
 
 
 def chip(capability: int) -> Chip:

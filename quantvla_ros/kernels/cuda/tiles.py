@@ -122,15 +122,25 @@ def _nearest(problem: Problem, chip: Chip, table: Mapping[str, Any]) -> Tile | N
     return Tile(*best['tile'])
 
 
+def programs_of(tile: Tile, problem: Problem) -> int:
+    """Programs of a tile, before they are split."""
+    return -(-problem.n // tile.bn) * -(-problem.m // tile.bm)
+
+
 def by_rule(problem: Problem, chip: Chip) -> Tile:
-    """A tile for a chip that nobody has tuned: small for few tokens, split to fill the chip."""
+    """A tile for a chip that nobody has tuned: smaller, then split, until it fills the chip."""
     if problem.m > 128:
         two = problem.gated or problem.group  # two accumulators
         warps = 4 if problem.bits == 8 and not two else 8  # by the compiler's count of registers
-        return Tile(64 if two else 128, 128, 128 if problem.bits == 8 else 64, 3, warps, 1)
+        tile = Tile(64 if two else 128, 128, 128 if problem.bits == 8 else 64, 3, warps, 1)
+        if programs_of(tile, problem) < chip.processors:
+            tile = replace(tile, bn=64, warps=4)
+        if programs_of(tile, problem) * 2 <= chip.processors and steps_of(tile, problem) >= 8:
+            tile = replace(tile, split=2)
+        return tile
     bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
     tile = Tile(bm, 64, 128, 4, 4, 1)
-    programs = -(-problem.n // tile.bn) * -(-problem.m // bm)
+    programs = programs_of(tile, problem)
     steps = problem.row_bytes // tile.bk
     split = 1
     while programs * split * 2 <= 2 * chip.processors and steps // (split * 2) >= 4:
@@ -168,19 +178,24 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """Tiles worth trying for a shape, for `--tune`: each costs a compilation."""
     few = problem.m <= 128
     bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
-    shapes = [(bm, 64, 4), (bm, 128, 4), (bm, 128, 8)] if few else [
-        (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (256, 64, 8)]
-    depths = [(64, 4), (128, 3), (128, 4), (256, 2), (256, 3)] if few else [
-        (64, 3), (64, 4), (128, 3), (128, 4)]
+    shapes = [(bm, 64, 4), (bm, 128, 8)] if few else [
+        (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (256, 64, 4)]
+    wide = problem.bits == 8
+    # Triton waits for every integer product, so that of many tokens long steps, or several
+    # programs on a processor, which few stages leave room for, keep the matrix units busy
+    depths = [(128, 3), (128, 4), (256, 3) if wide else (64, 4)] if few else (
+        [(128, 2), (128, 3), (256, 2)] if wide else [(64, 3), (128, 2), (128, 3)])
     found = []
     for (bm, bn, warps), (bk, stages), bulk in product(shapes, depths, (1, 0)):
         sums = bm * bn * (2 if problem.gated else 1) // (32 * warps)
-        if sums > 128 or bulk > chip.bulk or (not few and not bulk and (bm, bn) != (128, 128)):
+        if sums > 128 or bulk > chip.bulk or (
+                chip.bulk and not few and not bulk and (bm, bn, stages) != (128, 128, 3)):
             continue
-        programs = -(-problem.n // bn) * -(-problem.m // bm)
-        for split in (1, 2, 4, 8) if few else (1, 2):
+        programs = programs_of(Tile(bm, bn, bk, stages, warps, 1), problem)
+        for split in (1, 2, 4, 8, 16) if few else (1, 2):
             # more than the chip holds at once only costs the sums, less leaves it idle
-            if split > 1 and programs * split > (3 if few else 2.2) * chip.processors:
+            filled = programs * split / chip.processors
+            if (split > 1 and filled > 2.2) or (filled < 0.25 and few and split < 16):
                 continue
             tile = Tile(bm, bn, bk, stages, warps, split, bulk)
             if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= 2:
@@ -202,13 +217,11 @@ class Early:
 
 
 NOWHERE = Early()
-# what fused.py and widen.py offer beyond the kernels that have run on a card
+# what fused.py offers beyond product.py
 WAYS = {
-    'pair': 'gate and up in one product, their rows in turns',
+    'pair': 'gate and up in one product, in eights of rows',
     'turn': 'positions and the cache in the epilogue of queries, keys and values',
     'raw': 'sums of split products added up by the next norm',
-    'join': 'attention joined with all loads in flight',
-    'widen': '4-bit weights of a prefix made 8-bit ones a layer ahead',
 }
 _asked: set[str] = set()
 

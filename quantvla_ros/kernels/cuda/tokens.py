@@ -22,10 +22,9 @@ def emit(
     BLOCKS: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
     STATIC: tl.constexpr, CAST: tl.constexpr,
 ):
-    """Store a token x (BLOCKS, 64): float where TOP is 0, else int8 with its scale."""
+    """Store a token x (BLOCKS, 64), zero behind K: floats where TOP is 0, else int8 and scale."""
     block, lane = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 64)[None, :]
     column = block * 64 + lane
-    x = tl.where(column < K, x, 0.0)
     if DIAGONAL:
         x = x * tl.load(diagonal + column, mask=column < K, other=0.0)
     if ROTATE:
@@ -34,8 +33,10 @@ def emit(
     if TOP == 0:
         tl.store(out + row * KP + column, x.to(out.dtype.element_ty), mask=column < K)
     else:
-        wild = tl.max(tl.max(((x - x) != 0.0).to(tl.int32), 1), 0)
-        largest = tl.max(tl.max(tl.abs(x), 1), 0)
+        # as integers, infinities and NaN lie above all numbers: one maximum tells both
+        top = tl.max(tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1), 0)
+        wild = top >= 0x7F800000
+        largest = top.to(tl.float32, bitcast=True)
         if STATIC:
             step = tl.load(static)
             inverse = tl.div_rn(1.0, step)
@@ -43,12 +44,13 @@ def emit(
             none = largest < 7.888609052210118e-31  # 2^-100
             step = tl.where(none, 1.0, tl.div_rn(largest, TOP * 1.0))
             inverse = tl.where(none, 0.0, tl.div_rn(TOP * 1.0, tl.where(none, 1.0, largest)))
-        y = tl.minimum(tl.maximum(x * inverse, -1e6), 1e6)
-        y = (y + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to the nearest even integer
-        y = tl.minimum(tl.maximum(y, -TOP * 1.0), TOP * 1.0)
-        y = tl.where(wild != 0, 0.0, y)
-        tl.store(out + row * KP + column, y.to(tl.int8), mask=column < KP)
-        tl.store(scale + row, tl.where(wild != 0, float('nan'), step))
+        y = tl.where(wild, 0.0, x * inverse)
+        if STATIC:  # a dynamic scale lets nothing beyond TOP
+            y = tl.minimum(tl.maximum(y, -TOP * 1.0), TOP * 1.0)
+        # 1.5 * 2^23 more rounds to the nearest even integer, and leaves it in the lowest bits
+        code = (y + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+        tl.store(out + row * KP + column, code, mask=column < KP)
+        tl.store(scale + row, tl.where(wild, float('nan'), step))
 
 
 @jit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU kernels' own tests, each file in a process that alone sees Triton."""
+"""The GPU kernels' own tests, in processes that alone see Triton."""
 
 import importlib.util
 import os
@@ -16,7 +16,14 @@ import quantvla_ros
 ROOT = Path(quantvla_ros.__file__).resolve().parent.parent
 TESTS = ROOT / 'test' / 'triton'
 SIDE = ROOT / '.triton'
-COMPILED = {'test_compile.py', 'test_launch.py'}  # the others are interpreted
+COMPILED = ['test_compile.py', 'test_launch.py']  # the others are interpreted
+NETWORKS = ['test_plans.py']
+# few processes: each takes seconds to begin
+GROUPS = {
+    'networks': NETWORKS, 'compiled': COMPILED,
+    'kernels': [path.name for path in sorted(TESTS.glob('test_*.py'))
+                if path.name not in NETWORKS + COMPILED],
+}
 
 
 def triton():
@@ -28,34 +35,32 @@ def triton():
     return []
 
 
-def environment(file):
+def environment(group):
     """Variables of the process."""
     paths = [str(ROOT), *triton()]
     kept = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
     kept.update(PYTHONPATH=os.pathsep.join(paths), QUANTVLA_TRITON_TESTS='1',
                 OMP_NUM_THREADS='1')
-    return kept if file in COMPILED else {**kept, 'TRITON_INTERPRET': '1'}
-
-
-FILES = sorted(path.name for path in TESTS.glob('test_*.py'))
+    return kept if group == 'compiled' else {**kept, 'TRITON_INTERPRET': '1'}
 
 
 @pytest.fixture(scope='module')
 def runs():
-    """Every file's process, two at a time: file -> its end, waited for."""
-    def run(file):
+    """Every group's process, two at a time: group -> its end, waited for."""
+    def run(group):
+        files = [str(TESTS / file) for file in GROUPS[group]]
         return subprocess.run(
-            [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', str(TESTS / file)],
-            env=environment(file), cwd=ROOT, capture_output=True, text=True, timeout=900)
+            [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', *files],
+            env=environment(group), cwd=ROOT, capture_output=True, text=True, timeout=900)
 
     triton()  # skips before anything starts
     with ThreadPoolExecutor(2) as pool:
-        yield {file: pool.submit(run, file) for file in FILES}
+        yield {group: pool.submit(run, group) for group in GROUPS}
 
 
-@pytest.mark.parametrize('file', FILES)
-def test_gpu_kernels_in_a_process_of_their_own(runs, file):
-    done = runs[file].result()
+@pytest.mark.parametrize('group', GROUPS)
+def test_gpu_kernels_in_a_process_of_their_own(runs, group):
+    done = runs[group].result()
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r'\d+ passed', done.stdout), done.stdout
 

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose
 from tiny_vla import observe, tiny_checkpoint
 
 from quantvla_ros.action import NS_PER_S, ActionChunk
+from quantvla_ros.policies import flow
 from quantvla_ros.policies.base import PolicySettings, make_policy
+from quantvla_ros.policies.libero_graph import RecordedChunks
 from quantvla_ros.policies.libero_panda import Door
 from quantvla_ros.resources import share_path
 
@@ -128,6 +131,20 @@ def test_batch_gives_what_each_would_get_alone(policy, contract):
     for one, seed, chunk in zip(seen, (4, 5, 6), together, strict=True):
         alone = policy.denoise(policy.prepare(one), seed)
         assert_allclose(chunk.positions, alone.positions, atol=1e-5)
+
+
+def test_recorded_chunks_are_those_of_the_separate_calls(policy, contract):
+    seen, seeds = [observe(contract, seed=k) for k in range(3)], [4, 5, 6]
+    wanted = policy.denoise_batch(policy.prepare_batch(seen), seeds)
+    tensors, states = policy._inputs(seen)
+    shape = (policy.config.chunk, policy.config.action)
+    start = torch.from_numpy(np.stack([flow.noise(seed, shape) for seed in seeds]))
+    other = [torch.zeros_like(tensor) for tensor in (*tensors, start)]
+    recorded = RecordedChunks(policy._chunk_of, other)
+    found = policy._leave(recorded(*tensors, start), states, [10, 10, 10])
+    for one, chunk, plain in zip(found, wanted, policy.chunks(seen, seeds), strict=True):
+        assert_allclose(one.positions, chunk.positions, atol=1e-6)
+        assert_allclose(plain.positions, chunk.positions, atol=1e-6)
 
 
 def test_unknown_words_are_refused(policy, contract):

@@ -2,10 +2,10 @@
 """Prompts and tokens, to the letter."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FIXTURES
 
 from quantvla_ros.policies.bpe import BpeError, pre_tokenizer
 from quantvla_ros.policies.groot_folder import chat
@@ -16,6 +16,8 @@ from quantvla_ros.policies.tokenizers import (
     pi_tokens,
     state_prompt,
 )
+
+FIXTURES = Path(__file__).parents[2] / 'fixtures' / 'policies'
 
 
 def test_a_sentencepiece_file_encodes_as_its_own_library_does():

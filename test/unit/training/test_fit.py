@@ -84,6 +84,18 @@ def test_resuming_gives_the_state_that_was_saved(folder, tmp_path):
         assert torch.equal(value, resumed.average.state_dict()[name]), name
 
 
+def test_one_gradient_that_is_not_finite_does_not_end_a_training(folder):
+    trainer, _ = make_trainer(folder)
+    whole = trainer.loss
+    trainer.learn(0.0)
+    trainer.loss = lambda *batch: whole(*batch) * float('nan')
+    trainer.learn(0.0)
+    trainer.loss = whole
+    assert bool(trainer.learn(0.0).isfinite())
+    assert int(trainer.skipped) == 1
+    assert all(bool(weight.isfinite().all()) for weight in trainer.net.parameters())
+
+
 def test_an_export_is_accepted_by_the_strict_loader(folder, tmp_path):
     trainer, vocabulary = make_trainer(folder)
     fit(trainer, tmp_path / 'fit', lambda line: None)
