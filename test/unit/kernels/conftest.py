@@ -19,7 +19,7 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, scope='session')
+@pytest.fixture(autouse=True, scope='module')
 def one_thread_of_torch():
     """The networks here are so small that a second thread is only waited for."""
     before = torch.get_num_threads()
