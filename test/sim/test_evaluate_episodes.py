@@ -180,12 +180,9 @@ def test_a_short_batch_is_padded_to_the_fixed_size():
     sizes = []
 
     class Policy:
-        def prepare_batch(self, observations):
+        def chunks(self, observations, seeds):
             sizes.append(len(observations))
-            return observations
-
-        def denoise_batch(self, prepared, seeds):
-            return list(zip(prepared, seeds, strict=True))
+            return list(zip(observations, seeds, strict=True))
 
     inference = players.BatchedInference(Settings(batch=4))
     inference._policies[Variant()] = Policy()
