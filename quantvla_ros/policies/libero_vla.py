@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -233,9 +234,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, c: VlaConfig) -> None:
         super().__init__()
         channels = (3, 64, 128, 192)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, 2, 1) for a, b in zip(channels[:-1], channels[1:], strict=True)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 2, 1) for a, b in pairwise(channels))
         self.conv_norms = nn.ModuleList(nn.GroupNorm(16, b) for b in channels[1:])
         self.patch = nn.Conv2d(channels[-1], c.vision_width, 2, 2)
         self.position = nn.Parameter(torch.randn(1, c.patches, c.vision_width) * 0.02)

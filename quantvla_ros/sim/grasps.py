@@ -21,7 +21,7 @@ PALM_DEPTH = 0.031  # m from the point between the fingertips up to the palm
 TIP_BELOW = 0.0095  # m from that point down to the fingertips
 RIM_DEPTH = 0.022  # m below the rim
 KNOB_DEPTH = 0.010
-OPEN = 0.04  # m, each finger
+FINGERS_OPEN = 0.04  # m, each finger
 REACH_ERROR = 4e-3
 RIM_DIRECTIONS = 16
 # how far inside the rim in m and how much the hand leans outwards in rad, tried in this order
@@ -205,11 +205,11 @@ def _has_room(
     joints: np.ndarray,
 ) -> bool:
     """Whether the open hand hits nothing at a grasp and on the way down to it."""
-    if around.hand_collides(joints, OPEN):
+    if around.hand_collides(joints, FINGERS_OPEN):
         return False
     way = _way(rotation)
     for step in (way, way + [0, 0, HOVER]):
         joints, _ = arm.solve(position + step, rotation, joints)
-        if around.hand_collides(joints, OPEN):
+        if around.hand_collides(joints, FINGERS_OPEN):
             return False
     return True

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from quantvla_ros.sim.grasps import (
+    FINGERS_OPEN,
     HOVER,
+    REACH_ERROR,
     TIP_BELOW,
     TWISTED,
     choose_grasp,
@@ -34,8 +36,6 @@ SLOT = 0.042  # m from the middle of a cooker for each of two pots
 PAIR = 0.028  # m from the middle of a basket for each of two things
 PUSH_PAST = 0.03
 LOWER = 0.01  # m from one height at which there is room to the next
-ROOM_ERROR = 4e-3
-FINGERS_OPEN = 0.04  # m, each
 SWAPPED = np.diag([-1.0, -1.0, 1.0])  # the same hand with its fingers exchanged
 
 
@@ -173,7 +173,7 @@ class Skills:
         while bottom - LOWER > floor:
             goal[2] = bottom - LOWER + hang
             joints, error = self.arm.solve(goal, rotation, joints)
-            if error > ROOM_ERROR or self.around.hand_collides(joints, FINGERS_OPEN, (name,)):
+            if error > REACH_ERROR or self.around.hand_collides(joints, FINGERS_OPEN, (name,)):
                 return bottom
             bottom -= LOWER
         return floor if bottom < clear else bottom

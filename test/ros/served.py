@@ -19,16 +19,11 @@ CALM = {
 }
 
 
-class Served:
-    """A policy node in a thread of its own executor."""
+class Spun:
+    """A node in a thread of its own executor."""
 
-    def __init__(self, contract_path, **values):
-        overrides = {**CALM, 'contract': str(contract_path), **values}
-        self.stop_request = StopRequest()
-        self.node = PolicyNode(
-            namespace='/robot', use_global_arguments=False, stop=self.stop_request,
-            parameter_overrides=[Parameter(name, value=v) for name, v in overrides.items()],
-        )
+    def __init__(self, node):
+        self.node = node
         self.executor = SingleThreadedExecutor()
         self.executor.add_node(self.node)
         self._end = threading.Event()
@@ -38,6 +33,22 @@ class Served:
     def _spin(self):
         while not self._end.is_set():
             self.executor.spin_once(timeout_sec=0.05)
+
+    def end(self):
+        self._end.set()
+        self._thread.join(PATIENCE_S)
+
+
+class Served(Spun):
+    """A policy node in a thread of its own executor."""
+
+    def __init__(self, contract_path, **values):
+        overrides = {**CALM, 'contract': str(contract_path), **values}
+        self.stop_request = StopRequest()
+        super().__init__(PolicyNode(
+            namespace='/robot', use_global_arguments=False, stop=self.stop_request,
+            parameter_overrides=[Parameter(name, value=v) for name, v in overrides.items()],
+        ))
 
     def do(self, work):
         """Run work on the executor's thread, as a service does, and return what it returns."""
@@ -59,8 +70,7 @@ class Served:
 
     def close(self):
         SweepPolicy.released.set()
-        self._end.set()
-        self._thread.join(PATIENCE_S)
+        self.end()
         self.node.tear_down()
         self.executor.remove_node(self.node)
         self.node.destroy_node()

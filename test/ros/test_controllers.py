@@ -2,12 +2,11 @@
 """What the controllers get, and controllers that are not the ones of the contract."""
 
 import importlib.util
-import threading
 
 import pytest
 import rclpy
-from rclpy.executors import SingleThreadedExecutor
 from robot import CONTRACT
+from served import Spun
 from std_msgs.msg import Float64MultiArray
 
 pytestmark = pytest.mark.ros
@@ -39,26 +38,17 @@ def test_lead_shorter_than_a_control_period_is_refused(robot, serve):
     assert served.do(served.node.trigger_configure).name == 'FAILURE'
 
 
-class Controller:
+class Controller(Spun):
     """The parameters of a controller; rclpy serves them as ros2_control does."""
 
     def __init__(self, **values):
-        self.node = rclpy.create_node('arm', namespace='/robot', use_global_arguments=False)
+        node = rclpy.create_node('arm', namespace='/robot', use_global_arguments=False)
         for name, value in values.items():
-            self.node.declare_parameter(name, value)
-        self.executor = SingleThreadedExecutor()
-        self.executor.add_node(self.node)
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._spin, daemon=True)
-        self._thread.start()
-
-    def _spin(self):
-        while not self._end.is_set():
-            self.executor.spin_once(timeout_sec=0.05)
+            node.declare_parameter(name, value)
+        super().__init__(node)
 
     def close(self):
-        self._end.set()
-        self._thread.join()
+        self.end()
         self.executor.remove_node(self.node)
         self.node.destroy_node()
 
