@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--through-ros', action='store_true',
         help='play through sim_node and policy_node over DDS and compare their chunks bit for bit')
     add('--max-texture', type=int, default=MAX_TEXTURE, metavar='PX',
-        help='scale textures down to this; 0: originals; -1: as the shipped policy was trained')
+        help='scale textures down to this; 0: originals (default: %(default)s)')
     add('--lighting', default='day', metavar='WORDS',
         help='day, overcast, lamp, night, or numbers such as light=0.5,warmth=0.8,noise=6')
     add('--device', default='cpu', help='where the policy computes: cpu or cuda')

@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '(libero_goal_swap, _object, _lan, _task), or one task such as libero_goal/3')
     parser.add_argument(
         '--max-texture', type=int, default=MAX_TEXTURE, metavar='PX',
-        help='scale textures down to this edge; 0 keeps the originals; -1, the default, shows '
-        'them as the shipped policy was trained: 512 px, one can too dark')
+        help='scale textures down to this edge; 0 keeps the originals (default: %(default)s)')
     parser.add_argument(
         '--export', type=Path, metavar='FOLDER',
         help='copy the packed tasks into a folder that needs only mujoco; on the other machine '

@@ -26,13 +26,9 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 # the file names of these keep the unperturbed words; only the task file has the new ones
 RENAMED_SUITES = ('_lan', '_task')
-# How the pictures look to which the shipped weights were trained: at most 512 px, and one can
-# nearly black (see shrink_as_shipped). Any other texture limit keeps the colours.
-AS_SHIPPED = -1
-SHIPPED_EDGE = 512
 SWITCHES = ('is_open', 'is_close', 'turn_on', 'turn_off')
 
 
@@ -88,32 +84,6 @@ def shrink_png(source: Path, limit: int) -> bytes:
     chunks = PngImagePlugin.PngInfo()
     if b'sRGB' in png_chunks(raw):
         chunks.add(b'sRGB', b'\0')
-    return _png_bytes(image, chunks)
-
-
-def shrink_as_shipped(source: Path) -> bytes:
-    """Scale down as it was done for the shipped weights, defects included.
-
-    A file that says sRGB anywhere, also in words, was stored as sRGB, and transparency was mixed
-    into colours: the alphabet soup is nearly black, two more textures are off by 1 and 3 of 255.
-    The weights know the can by that. To go with the weights: delete it with the next ones.
-    """
-    from PIL import Image, PngImagePlugin
-
-    raw = source.read_bytes()
-    image: Any = Image.open(io.BytesIO(raw))
-    if max(image.size) <= SHIPPED_EDGE:
-        return raw
-    alpha = image.mode in ('RGBA', 'LA') or 'transparency' in image.info
-    image = image.convert('RGBA' if alpha else 'RGB')
-    image.thumbnail((SHIPPED_EDGE, SHIPPED_EDGE), Image.Resampling.LANCZOS)
-    chunks = PngImagePlugin.PngInfo()
-    if b'sRGB' in raw[:4096]:
-        chunks.add(b'sRGB', b'\0')
-    return _png_bytes(image, chunks)
-
-
-def _png_bytes(image: Any, chunks: Any) -> bytes:
     packed = io.BytesIO()
     image.save(packed, 'PNG', optimize=True, pnginfo=chunks)
     return packed.getvalue()
@@ -122,8 +92,6 @@ def _png_bytes(image: Any, chunks: Any) -> bytes:
 def _content(source: Path, max_texture: int) -> bytes:
     if source.suffix.lower() != '.png' or max_texture == 0:
         return source.read_bytes()
-    if max_texture == AS_SHIPPED:
-        return shrink_as_shipped(source)
     return shrink_png(source, max_texture)
 
 

@@ -45,8 +45,7 @@ SIM_NODE: tuple[Parameter, ...] = (
     Parameter('publish_instruction', True, '', START,
               "Publish the task's instruction, latched, on the contract's instruction topic."),
     Parameter('max_texture', MAX_TEXTURE, 'px', START,
-              'Scale textures down to this edge; 0 keeps the originals; -1 shows them as the '
-              'shipped policy was trained: 512 px, one can too dark.', -1, 8192),
+              'Scale textures down to this edge; 0 keeps the originals.', 0, 8192),
     Parameter('camera.rate_hz', 20.0, 'Hz', LIVE,
               'Most pictures per second and camera; rendering may allow fewer.', 0.1, 60.0),
     Parameter('camera.width', 0, 'px', START,

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from quantvla_ros.sim.packing import SHIPPED_EDGE, shrink_as_shipped, shrink_png
+from quantvla_ros.sim.packing import shrink_png
 from quantvla_ros.sim.rendering import mujoco
-from quantvla_ros.sim.scenes import load_scene
+from quantvla_ros.sim.scenes import MAX_TEXTURE, load_scene
 
 pytestmark = pytest.mark.sim
 
@@ -35,18 +35,10 @@ def large_textures():
 def test_scaled_textures_keep_mean_brightness_and_colour_space():
     changed = 0
     for name, path in large_textures().items():
-        small = shrink_png(path, SHIPPED_EDGE)
+        small = shrink_png(path, MAX_TEXTURE)
         changed += small != path.read_bytes()
         mean, space = as_mujoco_reads(path.read_bytes())
         small_mean, small_space = as_mujoco_reads(small)
         assert small_space == space, name
         assert np.abs(small_mean - mean).max() < 1.0, name  # of 255; sharpening clips a little
     assert changed >= 10
-
-
-def test_the_shipped_look_has_the_dark_can_that_the_weights_know():
-    """To go with the weights: the next ones are trained on the can's own colours."""
-    path = large_textures()['alphabet_soup_1_tex-textured']
-    spaces = [as_mujoco_reads(c)[1] for c in (path.read_bytes(), shrink_as_shipped(path))]
-    linear, srgb = mujoco.mjtColorSpace.mjCOLORSPACE_LINEAR, mujoco.mjtColorSpace.mjCOLORSPACE_SRGB
-    assert spaces == [int(linear), int(srgb)]

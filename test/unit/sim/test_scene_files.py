@@ -61,7 +61,7 @@ def test_clear_pixels_keep_their_colour_when_a_texture_is_scaled_down(tmp_path):
 
 def test_every_look_has_a_folder_of_its_own(monkeypatch):
     monkeypatch.delenv(scenes.SCENES_VARIABLE, raising=False)
-    assert len({scenes.scenes_folder(look) for look in (packing.AS_SHIPPED, 0, 256, 512)}) == 4
+    assert len({scenes.scenes_folder(look) for look in (0, 256, 512)}) == 3
 
 
 def test_a_texture_within_the_limit_is_left_alone(tmp_path):
