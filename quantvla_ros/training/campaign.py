@@ -129,7 +129,7 @@ class Campaign:
                 self.one(*first)
         return self.tune_and_choose()
 
-    def scout(self, attempts: int) -> None:
+    def scout(self, attempts: str) -> None:
         """Train the scout, let the expert take over from it, render what it showed."""
         spare, seed = self.lanes.spare, self.args.seed + SCOUT_SEED
         self.one('scout', self.fit('scout', seed, self.shares.scout), spare)
@@ -155,7 +155,7 @@ class Campaign:
         for step in steps:
             if self.lanes.side_by_side:
                 self.finish(step)
-        plays = str(min(8, self.args.attempts))
+        plays = ','.join(str(min(8, int(n))) for n in self.args.attempts.split(','))
         self.one('select', ['select', '--model', ','.join(names), *self.data(plays),
                             *self.limit(self.shares.select)])
         return names
@@ -178,9 +178,9 @@ class Campaign:
         """Run a step and wait for it."""
         self.finish(self.start(name, arguments, gpus))
 
-    def data(self, attempts: int | str) -> list[str]:
+    def data(self, attempts: str) -> list[str]:
         """Options of a stage that simulates."""
-        return [*self.common, '--seed', str(self.args.seed), '--attempts', str(attempts)]
+        return [*self.common, '--seed', str(self.args.seed), '--attempts', attempts]
 
     def limit(self, share: float) -> list[str]:
         """Stop a stage that simulates after its share of the time."""

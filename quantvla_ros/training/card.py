@@ -20,7 +20,7 @@ LOSSES = 12  # rows of the loss table
 Counts = Mapping[str, list[int]]  # task -> attempts, solved, shown
 
 
-def choose(found: Mapping[str, Counts], attempts: int, seed: int) -> dict[str, Any]:
+def choose(found: Mapping[str, Counts], seed: int) -> dict[str, Any]:
     """Compare models on the same drawn starts; the best solved most, the first of equals.
 
     Raises ValueError when some were not played to the end: their rates cannot be compared.
@@ -37,7 +37,7 @@ def choose(found: Mapping[str, Counts], attempts: int, seed: int) -> dict[str, A
         said = ', '.join(f'{name} {row["attempts"]}' for name, row in models.items())
         raise ValueError(f'the models did not play the same starts ({said}); raise --limit')
     best = max(models, key=lambda name: int(models[name]['solved']))
-    return {'best': best, 'seed': seed, 'attempts_per_task': attempts, 'models': models}
+    return {'best': best, 'seed': seed, 'models': models}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -3,7 +3,8 @@
 
 Simulating processes write files of episodes; rendering processes pick them up as they appear.
 Seeds are a function of task, number and --seed, so a run can be repeated and continued: files
-that are there already are not made again.
+that are there already are not made again. A process whose own share is done takes from those of
+others, since an episode of a long task costs three times that of a short one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import time
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ TASKS_PER_PROCESS = 5  # worlds a process keeps in memory
 IMAGE = 128
 CAMERAS = ('agentview', 'wrist')
 DONE = 'simulated'
+TAKEN = '.taken'  # beside a file of episodes: some process makes it
 
 
 class Worlds:
@@ -69,9 +71,11 @@ def rng_of(task: Task, number: int, seed: int) -> np.random.Generator:
     return np.random.default_rng([zlib.crc32(f'{task[0]}_{task[1]}'.encode()), number, seed])
 
 
-def file_jobs(tasks: Sequence[Task], attempts: int) -> list[tuple[Task, int]]:
-    """List (task, first attempt) of every file, all tasks evenly."""
-    return [(task, first) for first in range(0, attempts, PER_FILE) for task in tasks]
+def file_jobs(attempts: Mapping[Task, int]) -> list[tuple[Task, int]]:
+    """List (task, first attempt) of every file; at any cut all tasks are equally far on."""
+    jobs = [((first + PER_FILE) / most, task, first)
+            for task, most in attempts.items() for first in range(0, most, PER_FILE)]
+    return [(task, first) for _, task, first in sorted(jobs)]
 
 
 def shares(jobs: Sequence[tuple[Task, int]], tasks: Sequence[Task], processes: int) -> list[
@@ -91,21 +95,30 @@ def shares(jobs: Sequence[tuple[Task, int]], tasks: Sequence[Task], processes: i
         who = takers[task] or list(range(processes))
         for index, job in enumerate(group):
             found[who[index % len(who)]].append(job)
-    # early files of all tasks first: a run that is cut off is still balanced
-    return [sorted(share, key=lambda job: job[1]) for share in found]
+    place = {job: index for index, job in enumerate(jobs)}
+    return [sorted(share, key=place.__getitem__) for share in found]
 
 
-def simulate(share: Sequence[tuple[Task, int]], folder: str, seed: int, textures: Sequence[int],
-             until: float) -> None:
-    """Make the files of one process, until the time is up."""
+def take(path: Path) -> bool:
+    """Whether this process is the first that wants to make a file."""
+    try:
+        path.with_suffix(TAKEN).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def simulate(share: Sequence[tuple[Task, int]], others: Sequence[tuple[Task, int]], folder: str,
+             seed: int, textures: Sequence[int], until: float) -> None:
+    """Make the files of one process, then those that others have not begun; until time is up."""
     worlds = Worlds(textures[:1])  # physics knows no texture
     samplers: dict[Task, StartSampler] = {}
-    for task, first in share:
+    for task, first in (*share, *others):
         path = Path(folder) / f'{task[0]}_{task[1]}_{seed}_{first:05d}.npz'
-        if path.exists():
-            continue
         if time.time() > until:
             return
+        if path.exists() or not take(path):
+            continue
         world = worlds.world(task)
         sampler = samplers.setdefault(task, StartSampler(world))
         sampler.world = world
@@ -166,9 +179,8 @@ def _entry(role: str, *arguments: object) -> None:
 
 
 def generate(
-    tasks: Sequence[Task],
+    attempts: Mapping[Task, int],
     folder: Path,
-    attempts: int,
     seed: int,
     simulators: int,
     renderers: int,
@@ -176,17 +188,19 @@ def generate(
     limit_s: float,
     say: Say,
 ) -> None:
-    """Make attempts per task and render them. Raises ValueError when nothing came of it."""
+    """Make so many attempts of each task and render them. Raises ValueError if none is solved."""
     folder.mkdir(parents=True, exist_ok=True)
-    stop = folder / 'stop'
+    for taken in folder.glob(f'*{TAKEN}'):  # by a run that was cut off
+        taken.unlink()
+    tasks, stop = list(attempts), folder / 'stop'
     stop.unlink(missing_ok=True)
     until = time.time() + limit_s
-    files = file_jobs(tasks, attempts)
+    files = file_jobs(attempts)
     parts = shares(files, tasks, simulators)
     jobs: list[tuple[object, ...]] = [
-        ('simulate', part, str(folder), seed, tuple(textures), until) for part in parts]
+        ('simulate', part, files, str(folder), seed, tuple(textures), until) for part in parts]
     jobs += [
-        ('render', str(folder), list(tasks[index::renderers]), tuple(textures), str(stop))
+        ('render', str(folder), tasks[index::renderers], tuple(textures), str(stop))
         for index in range(min(renderers, len(tasks)))
     ]
     log = folder / f'{DONE}.txt'

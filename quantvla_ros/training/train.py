@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--limit', type=float, default=3600.0, metavar='S', help='stop data stages after this')
     add('--cores', type=int, default=0, help='processes that simulate; default: most cores')
     add('--renderers', type=int, default=0, help='processes that render; default: five per GPU')
-    add('--attempts', type=int, default=160, help='per task')
+    add('--attempts', default='160', metavar='N,...',
+        help='per task; or a number for the tasks of each suite, in the order of --suites')
     add('--data', default='demos', help='folders in the work folder, joined by commas')
     add('--model', default='model', metavar='NAME',
         help='folder of the model in the work folder; several, joined by commas, for select')
@@ -108,6 +109,17 @@ def textures_of(args: argparse.Namespace) -> list[int]:
     return [int(part) for part in parts]
 
 
+def attempts_of(args: argparse.Namespace) -> dict[tuple[str, int], int]:
+    """Return task -> attempts. Raises ValueError where the numbers do not fit the suites."""
+    tasks, parts = parse_tasks(args.suites), args.attempts.split(',')
+    suites = list(dict.fromkeys(suite for suite, _ in tasks))
+    if not all(part.strip().isdecimal() for part in parts) or len(parts) not in (1, len(suites)):
+        raise ValueError(f'--attempts {args.attempts!r}: expected a number, or one for each of '
+                         f'{", ".join(suites)}')
+    numbers = dict(zip(suites, map(int, parts * len(suites)), strict=False))
+    return {task: numbers[task[0]] for task in tasks}
+
+
 def without(args: argparse.Namespace) -> set[str]:
     """Return what --without leaves out. Raises ValueError that lists what may be."""
     names = set(filter(None, args.without.split(',')))
@@ -135,7 +147,7 @@ def _processes(args: argparse.Namespace) -> tuple[int, int]:
 def run_demos(args: argparse.Namespace) -> None:
     """Make demonstrations and render them."""
     simulators, renderers = _processes(args)
-    generate(parse_tasks(args.suites), args.work / args.data, args.attempts, args.seed,
+    generate(attempts_of(args), args.work / args.data, args.seed,
              simulators, renderers, textures_of(args), args.limit, say)
 
 
@@ -152,9 +164,9 @@ def _shares(
 ) -> list[list[tuple[tuple[str, int], int]]]:
     """Divide the attempts of this shard among processes, few tasks for each."""
     part, _, parts = args.shard.partition('/')
-    tasks = parse_tasks(args.suites)
-    attempts = [(task, number) for number in range(args.attempts) for task in tasks]
-    mine = sorted(attempts[int(part) :: int(parts)])
+    counts = attempts_of(args)
+    attempts = sorted((number, task) for task, most in counts.items() for number in range(most))
+    mine = sorted((task, number) for number, task in attempts[int(part) :: int(parts)])
     size = -(-len(mine) // processes)
     return [mine[i : i + size] for i in range(0, len(mine), size)]
 
@@ -181,7 +193,7 @@ def run_select(args: argparse.Namespace) -> None:
     names = args.model.split(',')
     found = dict(zip(names, side_by_side(partial(_play_alone, args, len(names)), names),
                      strict=True))
-    selection = choose(found, args.attempts, args.seed + SELECT_SEED)
+    selection = choose(found, args.seed + SELECT_SEED)
     (args.work / 'selection.json').write_text(json.dumps(selection, indent=1))
     for name, row in selection['models'].items():
         say(f'{name}: {row["solved"]}/{row["attempts"]} from drawn starts')

@@ -11,7 +11,7 @@ from quantvla_ros.training import card
 def test_the_model_that_solved_most_drawn_starts_is_chosen():
     found = {'a': {'libero_goal_3': [10, 7, 0]}, 'b': {'libero_goal_3': [10, 9, 0]},
              'c': {'libero_goal_3': [10, 9, 0]}}
-    selection = card.choose(found, 10, 90_000)
+    selection = card.choose(found, 90_000)
     assert selection['best'] == 'b'
     assert selection['models']['a']['solved'] == 7
 
@@ -19,7 +19,7 @@ def test_the_model_that_solved_most_drawn_starts_is_chosen():
 def test_models_that_played_different_starts_are_not_compared():
     found = {'a': {'libero_goal_3': [10, 7, 0]}, 'b': {'libero_goal_3': [9, 9, 0]}}
     with pytest.raises(ValueError, match='a 10, b 9'):
-        card.choose(found, 10, 90_000)
+        card.choose(found, 90_000)
 
 
 @pytest.fixture
