@@ -21,6 +21,7 @@ from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import load_contract
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import Policy, PolicySettings, make_policy
+from quantvla_ros.policies.vocabulary import UnknownWords
 from quantvla_ros.sim.episodes import Act, Episode, Outcome, Settings, Variant, Watch, play
 from quantvla_ros.sim.gpus import computes_on, renders_on, visible_gpus
 from quantvla_ros.sim.lighting import parse_lighting
@@ -144,13 +145,32 @@ class BatchedInference:
             found += policy.chunks(observations, seeds)[: len(part)]
         return found
 
+    def answers(
+        self, variant: Variant, asked: Sequence[tuple[Observation, int]]
+    ) -> list[ActionChunk | UnknownWords]:
+        """Return chunks, or what the policy says of an instruction it does not know."""
+        try:
+            return list(self.chunks(variant, asked))
+        except UnknownWords as error:
+            texts = [observation.instruction for observation, _ in asked]
+            if len(set(texts)) == 1:
+                return [error] * len(asked)
+        found: dict[int, ActionChunk | UnknownWords] = {}
+        for text in dict.fromkeys(texts):
+            who = [k for k, other in enumerate(texts) if other == text]
+            found.update(zip(who, self.answers(variant, [asked[k] for k in who]), strict=True))
+        return [found[k] for k in range(len(asked))]
+
 
 def _serve(connection: Connection, settings: Settings) -> None:
     """Run one player process: episodes in, outcomes and questions out."""
 
     def ask(episode: Episode, observation: Observation, seed: int) -> ActionChunk:
         connection.send(('ask', episode.variant, observation, seed))
-        return connection.recv()
+        answer = connection.recv()
+        if isinstance(answer, UnknownWords):
+            raise answer
+        return answer
 
     player = Player(settings, ask if settings.batch > 1 else None)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # who asked has ended
@@ -308,9 +328,9 @@ def _answer(
 ) -> None:
     for variant in dict.fromkeys(variant for _, variant, _ in asked):
         group = [(worker, question) for worker, v, question in asked if v == variant]
-        chunks = inference.chunks(variant, [question for _, question in group])
-        for (worker, _), chunk in zip(group, chunks, strict=True):
-            worker.connection.send(chunk)
+        answers = inference.answers(variant, [question for _, question in group])
+        for (worker, _), answer in zip(group, answers, strict=True):
+            worker.connection.send(answer)
 
 
 def _buried(worker: _Worker, deaths: int) -> Outcome:

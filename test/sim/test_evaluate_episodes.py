@@ -189,3 +189,19 @@ def test_a_short_batch_is_padded_to_the_fixed_size():
     asked = [(f'seen {n}', n) for n in range(6)]
     assert inference.chunks(Variant(), asked) == asked
     assert sizes == [4, 4]
+
+
+def test_unknown_words_of_one_player_leave_the_chunks_of_the_others():
+    class Policy:
+        def chunks(self, observations, seeds):
+            if any('spoon' in seen.instruction for seen in observations):
+                raise UnknownWords('does not know spoon')
+            return [f'chunk {seed}' for seed in seeds]
+
+    inference = players.BatchedInference(Settings(batch=2))
+    inference._policies[Variant()] = Policy()
+    asked = [(SimpleNamespace(instruction=text), seed)
+             for seed, text in enumerate(('go up', 'take a spoon', 'go up'))]
+    first, second, third = inference.answers(Variant(), asked)
+    assert (first, third) == ('chunk 0', 'chunk 2')
+    assert isinstance(second, UnknownWords) and 'spoon' in str(second)
