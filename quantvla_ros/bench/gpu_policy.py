@@ -69,20 +69,3 @@ class RandomPi05(ConstantTime):
         if not bool(torch.isfinite(i.x.cpu()).all()):
             raise RuntimeError('the chunk is not finite')
         return super().denoise(context, seed, prefix)
-
-
-def camera_to_command(notes: list[dict[str, Any]], commands: list[tuple[int, float]],
-                      mark: float) -> list[float]:
-    """Milliseconds from the stamp of a picture to the first command of the chunk made of it."""
-    by_mark = {note['mark']: note for note in notes}
-    if not commands:
-        return []
-    first: dict[int, int] = {}
-    for when, value in commands:
-        first.setdefault(round((value - commands[0][1]) / mark), when)
-    found = []
-    for number, when in first.items():
-        note = by_mark.get(number)
-        if note is not None and 0 <= when - note['end_ns'] < 100_000_000:
-            found.append((when - note['start_ns']) / 1e6 + note['picture_age_ms'])
-    return found

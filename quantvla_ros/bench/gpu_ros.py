@@ -32,8 +32,7 @@ def serve(bench: Bench) -> dict[str, Any]:
 
 def _one(precision: str) -> dict[str, Any]:
     from quantvla_ros.bench import ros
-    from quantvla_ros.bench.gpu_policy import camera_to_command
-    from quantvla_ros.bench.ros_policy import MARK
+    from quantvla_ros.bench.ros_policy import first_commands
 
     with ros.Node(precision, 0.0, START_S + SECONDS, 'random_pi05', 'cuda') as node:
         state = node.state_at_the_end()
@@ -42,7 +41,8 @@ def _one(precision: str) -> dict[str, Any]:
     if not commands or not notes:
         raise ValueError(f'the policy node sent no command; its status was {state}')
     chunk = ros.percentiles([(n['end_ns'] - n['start_ns']) / 1e6 for n in notes])
-    wire = ros.percentiles(camera_to_command(notes, commands, MARK))
+    wire = ros.percentiles([(when - note['start_ns']) / 1e6 + note['picture_age_ms']
+                            for note, when in first_commands(notes, commands)])
     ros.say(f'{precision}: chunk in the node', chunk, 'ms')
     ros.say(f'{precision}: picture to command', wire, 'ms')
     return {'chunk_ms': chunk, 'picture_to_command_ms': wire,

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from quantvla_ros.bench.ros_policy import MARK
+from quantvla_ros.bench.ros_policy import first_commands
 from quantvla_ros.contract import load_contract
 from quantvla_ros.graph import environment, graph_named
 from quantvla_ros.processes import command_of, environment_of
@@ -214,20 +214,12 @@ def overhead(seconds: float) -> Figures:
         state = node.state_at_the_end()
         commands = answer(node.robot)['commands']
         notes = node.notes()
-    if not commands:
+    if not commands or not notes:
         raise ValueError(f'the policy node sent no command; its status was {state}')
     own = np.array([note['end_ns'] - note['start_ns'] for note in notes]) / 1e6
     figures = state['inference']
     extra = {key: figures[f'{key}_ms'] - float(np.median(own)) for key in ('p50', 'p95', 'p99')}
-    wire: list[float] = []
-    first: dict[int, int] = {}
-    base = commands[0][1]
-    for when, value in commands:
-        first.setdefault(round((value - base) / MARK), when)
-    by_mark = {note['mark']: note['end_ns'] for note in notes}
-    for mark, when in first.items():
-        if mark in by_mark and 0 <= when - by_mark[mark] < 100_000_000:
-            wire.append((when - by_mark[mark]) / 1e6)
+    wire = [(when - note['end_ns']) / 1e6 for note, when in first_commands(notes, commands)]
     found: Figures = {'policy_ms': percentiles(own), 'node_ms': extra,
                       'picture_age_ms': percentiles([n['picture_age_ms'] for n in notes])}
     say('policy itself (constant)', found['policy_ms'], 'ms')

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from quantvla_ros.policies.base import PolicySettings
 
 MARK = 1e-6  # rad that a chunk's number is multiplied with
 MARKS = 1000
+FRESH_NS = 100_000_000  # a later command comes from a pause, or from the round before
 WORK = bytes(1 << 20)
 
 
@@ -85,8 +88,8 @@ class ConstantTime:
         target[0] += MARK * self._number
         positions = np.tile(target, (action.horizon, 1))
         if self._log is not None:
-            note = {'mark': self._number, 'start_ns': start_ns, 'end_ns': time.monotonic_ns(),
-                    'picture_age_ms': age_ms}
+            note = {'mark': self._number, 'held_rad': float(self._pose[0]), 'start_ns': start_ns,
+                    'end_ns': time.monotonic_ns(), 'picture_age_ms': age_ms}
             with self._log.open('a') as file:
                 file.write(json.dumps(note) + '\n')
         return ActionChunk(action.joints, positions, observation.stamp_ns, action.step_dt_s)
@@ -94,3 +97,19 @@ class ConstantTime:
     def reset(self) -> None:
         """Start from the pose of the next observation."""
         self._pose = None
+
+
+def first_commands(
+    notes: Sequence[dict[str, Any]], commands: Sequence[tuple[int, float]]
+) -> list[tuple[dict[str, Any], int]]:
+    """Pair the note of each chunk with the time of the first command that was made of it.
+
+    commands: when, and the target of the first joint.
+    """
+    by_mark = {note['mark']: note for note in notes}
+    found: dict[int, tuple[dict[str, Any], int]] = {}
+    for when, value in commands:
+        mark = round((value - notes[-1]['held_rad']) / MARK)
+        if mark in by_mark and 0 <= when - by_mark[mark]['end_ns'] < FRESH_NS:
+            found.setdefault(mark, (by_mark[mark], when))
+    return list(found.values())

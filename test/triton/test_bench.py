@@ -17,14 +17,18 @@ from quantvla_ros.bench import (
     gpu_tune,
     gpu_ways,
 )
-from quantvla_ros.bench.gpu_policy import RandomPi05, camera_to_command
+from quantvla_ros.bench.gpu_policy import RandomPi05
 from quantvla_ros.bench.gpu_source import Precision, RandomSource
 from quantvla_ros.bench.gpu_time import Bench, Deadline
 from quantvla_ros.contract import load_contract
-from quantvla_ros.kernels.cuda import tiles
+from quantvla_ros.kernels.cuda import interpreted, tiles
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.resources import share_path
+
+# a dry run says in the environment that kernels are interpreted, which no later test would undo
+pytestmark = pytest.mark.skipif(
+    not interpreted.active(), reason='dry runs are interpreted; on a card run the bench itself')
 
 
 def arguments(tmp_path, *words):
@@ -123,12 +127,6 @@ def test_random_policy_computes_and_holds_the_arm(tmp_path, device):
         instruction='go')
     chunk = policy.denoise(policy.prepare(observation), 0)
     assert np.abs(chunk.positions).max() < 1e-5 and len(log.read_text().splitlines()) == 1
-
-
-def test_picture_to_command_adds_age_inference_and_wire():
-    notes = [{'mark': 3, 'start_ns': 10_000_000, 'end_ns': 40_000_000, 'picture_age_ms': 5.0}]
-    commands = [(1_000_000, 0.0), (42_000_000, 3e-6), (52_000_000, 3e-6)]
-    assert camera_to_command(notes, commands, 1e-6) == [pytest.approx(37.0)]
 
 
 def test_ways_are_asked_for_by_name_and_reach_other_processes(tmp_path, capsys):
