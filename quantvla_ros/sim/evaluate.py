@@ -15,7 +15,7 @@ import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from quantvla_ros.sim.players import Player, play_in_processes, play_on_ray
 from quantvla_ros.sim.scenes import MAX_TEXTURE, SUITES, Scene, check_task, load_scene, pack
 
 PROGRESS_S = 10.0
+SHARED = ('contract', 'execute', 'seed', 'max_texture', 'noise_rad', 'slip', 'lighting')
 DECIDING_PACKAGES = ('mujoco', 'torch', 'numpy')
 
 
@@ -80,6 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--workers', type=int, default=len(os.sched_getaffinity(0)), help='player processes')
     add('--ray', default='', metavar='ADDRESS', help='play on a Ray cluster instead')
     add('--out', type=Path, default=Path('runs/eval'), metavar='FOLDER')
+    add('--against', action='append', default=[], metavar='NAME=FOLDER',
+        help="compare with another evaluation's outcomes of the same starts and noise: another "
+        'model, or the same one on another machine; the first is what the others are paired with')
     add('--video', default='', metavar='EPISODE',
         help='write a video of one episode, as in libero_object/3/17, and play nothing else')
 
@@ -243,7 +247,8 @@ class Log:
             line = json.loads(raw)
             self.lines[line['key']] = line
             whole += raw
-        self.path.write_bytes(whole)
+        if self.path.exists() and whole != self.path.read_bytes():
+            self.path.write_bytes(whole)
 
     def add(self, key: str, outcome: Outcome) -> None:
         """Keep an outcome for good."""
@@ -304,6 +309,36 @@ def evaluate(
     return [log.lines[key_of[episode]] for episode in episodes]
 
 
+def outcomes_of_others(
+    words: Sequence[str], settings: Settings, episodes: Sequence[Episode]
+) -> list[dict[str, Any]]:
+    """Return the log's lines of other evaluations that played the same starts under a name.
+
+    Raises ValueError where there are none, or where they met other noise, light or caps.
+    """
+    wanted = {(episode.suite, episode.task, episode.start, episode.cap) for episode in episodes}
+    found = []
+    for text in words:
+        name, _, place = text.partition('=')
+        path = Path(place) / 'report.json'
+        if not name or not path.is_file():
+            raise ValueError(f'--against {text!r}: expected NAME=FOLDER, a folder of `quantvla '
+                             'eval --out` with its report.json')
+        theirs = json.loads(path.read_text())['settings']
+        other = [key for key in SHARED if theirs[key] != getattr(settings, key)]
+        if other:
+            raise ValueError(f'--against {name}: {place} was played with another '
+                             f'{", ".join(other)}')
+        lines = [
+            {**line, 'from': name} for line in Log(path.parent).lines.values()
+            if (line['suite'], line['task'], line['start'], line['cap']) in wanted
+        ]
+        if not lines:
+            raise ValueError(f'--against {name}: {place} has none of these episodes')
+        found += lines
+    return found
+
+
 def write_video(settings: Settings, variant: Variant, name: str, cap: int, folder: Path) -> Path:
     """Play one episode and write both cameras as a video, 20 frames a second."""
     try:
@@ -343,8 +378,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not episodes:
         raise ValueError('no episode fits --suite, --tasks and --inits')
+    others = outcomes_of_others(args.against, settings, episodes)
     log = Log(args.out)
-    lines = evaluate(episodes, settings, log, args.workers, args.ray)
+    lines = others + evaluate(episodes, settings, log, args.workers, args.ray)
     summary = report.summarize(lines, settings)
     print(report.as_text(summary))
     (args.out / 'report.json').write_text(json.dumps(summary, indent=1) + '\n')
@@ -355,4 +391,4 @@ def run(args: argparse.Namespace) -> int:
     }
     (args.out / 'report.html').write_text(report.as_html(summary, lines, frames))
     print(f'{args.out / "report.html"} and report.json written')
-    return 1 if any(line['status'] == 'crashed' for line in lines) else 0
+    return 1 if any(line['status'] == 'crashed' for line in lines[len(others):]) else 0

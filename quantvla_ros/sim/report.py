@@ -46,8 +46,9 @@ def machine() -> str:
 
 
 def variant_name(line: Line) -> str:
-    """Name of the variant that played a line's episode."""
-    return Variant(**line['variant']).name
+    """Name of the variant that played a line's episode, and of the evaluation if another."""
+    name = Variant(**line['variant']).name
+    return f'{name} ({line["from"]})' if 'from' in line else name
 
 
 def rate(lines: Iterable[Line]) -> dict[str, Any]:

@@ -38,6 +38,24 @@ def test_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, capsys):
     assert page.count('data:image/png;base64,') == 2
 
 
+def test_another_evaluation_is_paired_with_this_one(tmp_path, capsys):
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    assert play_all(first, '--inits', '0-1') == 0
+    before = (first / 'episodes.jsonl').read_bytes()
+    assert play_all(second, '--inits', '1-2', '--against', f'gpu={first}') == 0
+    said = capsys.readouterr().out
+    assert 'float (gpu) against float, 1 pairs' in said
+    variants = json.loads((second / 'report.json').read_text())['variants']
+    assert {name: found['all']['trials'] for name, found in variants.items()} == {
+        'float (gpu)': 1, 'float': 2}
+    assert (first / 'episodes.jsonl').read_bytes() == before
+    for options, why in ((['--against', 'gpu=nowhere'], 'expected NAME=FOLDER'),
+                         (['--against', f'gpu={first}', '--recovery'], 'another slip'),
+                         (['--against', f'gpu={first}', '--cap', '9'], 'none of these')):
+        assert play_all(second, '--inits', '1', *options) == 2
+        assert why in capsys.readouterr().err
+
+
 def test_another_setting_never_meets_an_old_outcome():
     episode = Episode(Variant(), 'libero_object', 2, 0, 8)
     settings = Settings(policy='hold')
