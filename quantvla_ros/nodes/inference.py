@@ -256,7 +256,8 @@ class Inference:
         self._lead_s = self.latency.figures().p95_s + self.settings.margin_s
         speed = max(0.05, self.speed_scale())
         executed_s = self.settings.execute * self.settings.step_dt_s / speed
-        self._next_ns = chunk.stamp_ns + round((executed_s - self._lead_s) * NS_PER_S)
+        began_ns = now_ns - round(self._took_s * NS_PER_S)
+        self._next_ns = began_ns + round((executed_s - self._lead_s) * NS_PER_S)
         self.handover.kept = made
         self.handover.good(self._took_s)
         origin = Origin.of(made.observation, made.seed, prefixed=made.prefix is not None)

@@ -113,7 +113,7 @@ class CameraLoop:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name='cameras', daemon=True)
         self.pictures = 0
-        self._shown: mujoco.MjModel | None = None  # of the newest picture
+        self._shown: dict[str, Snapshot] = {}  # camera -> what its newest picture shows
 
     def start(self) -> None:
         """Start rendering."""
@@ -125,18 +125,24 @@ class CameraLoop:
         if self._thread.is_alive():
             self._thread.join()
 
-    def wait_for(self, model: mujoco.MjModel, timeout_s: float) -> bool:
-        """Wait until a picture of this scene was delivered; at once where none is wanted.
+    def wait_for(self, model: mujoco.MjModel, since_ns: int, timeout_s: float) -> bool:
+        """Wait for a picture of this scene, since then, of every camera that somebody listens to.
 
         A new scene's GL context holds the interpreter for a second and more, in which the robot is
-        silent: who starts an episode waits here, so that the silence is over when it begins.
+        silent, and a picture from before a reset shows an arm that is no longer there: who starts
+        an episode waits here, so that both are over when it begins.
         """
         end = time.monotonic() + timeout_s
-        while self._thread.is_alive() and self._wanted() and self._shown is not model:
+        while self._thread.is_alive() and not all(
+                self._shows(name, model, since_ns) for name in self._wanted()):
             if time.monotonic() > end:
                 return False
             time.sleep(IDLE_S)
         return True
+
+    def _shows(self, name: str, model: mujoco.MjModel, since_ns: int) -> bool:
+        shown = self._shown.get(name)
+        return shown is not None and shown.model is model and shown.stamp_ns >= since_ns
 
     def _run(self) -> None:
         try:
@@ -163,5 +169,5 @@ class CameraLoop:
             return
         picture = self._rig.render(snapshot, [name])[name]
         self._deliver(name, picture, snapshot.stamp_ns)
-        self._shown = snapshot.model
+        self._shown[name] = snapshot
         self.pictures += 1

@@ -85,3 +85,37 @@ def test_clear_forgets_messages_and_keeps_the_instruction(builder):
     builder.clear()
     assert len(builder.missing()) == 3
     assert builder.instruction == 'go'
+
+
+def test_the_pose_is_the_one_that_the_picture_shows(builder):
+    fill(builder)
+    for number, stamp_ns in enumerate((50, 60, 70, 80), 1):
+        builder.put_joints(joint_state(number, 0.0, stamp_ns))
+    assert builder.build().joint_stamp_ns == 40  # before any: the picture is of 30
+    builder.put_camera('front', picture(9, 64))
+    found = builder.build()
+    assert (found.joint_stamp_ns, found.joint_positions[0]) == (60, 2.0)
+    builder.put_camera('front', picture(9, 66))
+    assert builder.build().joint_stamp_ns == 70
+    builder.put_camera('front', picture(9, 200))
+    assert builder.build().joint_stamp_ns == 80
+    assert builder.joint_positions()[1] == 80  # what control measures is the newest
+
+
+def test_oldest_of_the_pictures_decides():
+    two = {**CONTRACT, 'cameras': {**CONTRACT['cameras'], 'wrist': {
+        'topic': 'wrist', 'width': 4, 'height': 2, 'policy': {'width': 2, 'height': 2}}}}
+    builder = ObservationBuilder(parse_contract(two))
+    fill(builder)
+    builder.put_joints(joint_state(0.0, 0.0, 90))
+    builder.put_camera('wrist', picture(1, 95))
+    assert builder.build().joint_stamp_ns == 40
+
+
+def test_poses_are_kept_for_a_while_and_none_from_before_a_clock_went_back(builder):
+    fill(builder)
+    for tenth in range(1, 60):
+        builder.put_joints(joint_state(0.0, 0.0, tenth * 10**8))
+    assert builder.build().joint_stamp_ns == 39 * 10**8
+    builder.put_joints(joint_state(0.5, 0.0, 10**8))
+    assert builder.build().joint_stamp_ns == 10**8

@@ -37,13 +37,25 @@ def loop():
 
 
 def test_new_scene_is_there_with_its_first_picture(loop):
-    assert loop.wait_for('old', PATIENCE_S)
+    assert loop.wait_for('old', 0, PATIENCE_S)
     loop.newest = Snapshot('new', None, 1)
-    assert not loop.wait_for('new', timeout_s=0.05), 'its context is being made'
+    assert not loop.wait_for('new', 0, timeout_s=0.05), 'its context is being made'
     loop._rig.ready.set()
-    assert loop.wait_for('new', PATIENCE_S)
+    assert loop.wait_for('new', 0, PATIENCE_S)
+
+
+def test_every_camera_has_to_show_what_is_there_since_the_reset(loop):
+    assert loop.wait_for('old', 0, PATIENCE_S)
+    assert not loop.wait_for('old', 7, timeout_s=0.05), 'its picture is from before the reset'
+    loop.newest = Snapshot('old', None, 7)
+    assert loop.wait_for('old', 7, PATIENCE_S)
+    shown = dict(loop._shown)
+    loop._shown = {**shown, 'wrist': Snapshot('old', None, 6)}
+    loop._picture = lambda name: None  # the other camera takes its time
+    loop.wanted = ['front', 'wrist']
+    assert not loop.wait_for('old', 7, timeout_s=0.05)
 
 
 def test_nothing_is_waited_for_where_no_picture_is_wanted(loop):
     loop.wanted = []
-    assert loop.wait_for('another', timeout_s=0.0)
+    assert loop.wait_for('another', 0, timeout_s=0.0)
