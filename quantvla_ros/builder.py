@@ -39,7 +39,8 @@ class ObservationBuilder:
     """Latest of each input of a contract, and the joints of the last seconds.
 
     The put methods are called by one thread and build by another: each input is one reference
-    that is swapped, so that build sees a message whole. They return the stamp in ns and raise
+    that is swapped, and poses are copied in one call of the interpreter, so that build sees a
+    message whole. They return the stamp in ns and raise
     DecodeError; a message that is refused leaves the one before it in place.
     """
 

@@ -8,6 +8,7 @@ copy of its weight, in the machine's order; ReferenceLayer computes the same in 
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,8 +77,8 @@ def check_layer(
             raise ValueError(f'{name} has shape {tuple(vector.shape)}; expected ({rows},)')
 
 
-class Layer:
-    """Common face of NativeLayer and ReferenceLayer: call it with x (..., K) -> (..., N).
+class Layer(ABC):
+    """Common face of all paths, on the CPU and on a GPU: call it with x (..., K) -> (..., N).
 
     n, k    rows and columns of W
     nbytes  bytes of the weight and its scales as this path holds them
@@ -87,6 +88,7 @@ class Layer:
     k: int
     nbytes: int
 
+    @abstractmethod
     def __call__(
         self,
         x: Tensor,
@@ -102,15 +104,6 @@ class Layer:
         gate       float32 (N,); residual (..., N) in the dtype of x
         A token with a NaN or an infinity gives NaN in all its outputs. No tokens give no tokens.
         """
-        raise NotImplementedError
-
-    def watch(self) -> None:
-        """Count from now on what the tokens look like; costs a few additions per token."""
-        raise NotImplementedError
-
-    def seen(self) -> Seen:
-        """Return what was counted and begin anew. Waits for a call that is running."""
-        raise NotImplementedError
 
     def _refuse(self, x: Tensor, residual: Tensor | None, gate: Tensor | None) -> None:
         """Raise the sentence that tells what is wrong with a call."""
@@ -131,7 +124,19 @@ class Layer:
                              f'torch.float32 ({self.n},)')
 
 
-class ReferenceLayer(Layer):
+class CountingLayer(Layer):
+    """What a layer on the CPU can do besides: say what its tokens look like."""
+
+    @abstractmethod
+    def watch(self) -> None:
+        """Count from now on what the tokens look like; costs a few additions per token."""
+
+    @abstractmethod
+    def seen(self) -> Seen:
+        """Return what was counted and begin anew. Waits for a call that is running."""
+
+
+class ReferenceLayer(CountingLayer):
     """The layer in plain torch: exact and slow."""
 
     def __init__(
@@ -147,11 +152,11 @@ class ReferenceLayer(Layer):
         self._clipped = 0
 
     def watch(self) -> None:
-        """See Layer."""
+        """See CountingLayer."""
         self._watched = True
 
     def seen(self) -> Seen:
-        """See Layer."""
+        """See CountingLayer."""
         amax = torch.cat([torch.empty(0), *self._amax])
         finite = amax[torch.isfinite(amax)]
         seen = Seen(finite.numel(), float(finite.double().mean()) if finite.numel() else 0.0,
@@ -193,7 +198,7 @@ def _refuse_scale(act_scale: float | None) -> None:
         raise ValueError(f'act_scale is {act_scale}; expected a finite number above zero')
 
 
-class NativeLayer(Layer):
+class NativeLayer(CountingLayer):
     """The layer in one of the C++ libraries."""
 
     def __init__(
@@ -273,11 +278,11 @@ class NativeLayer(Layer):
         return y
 
     def watch(self) -> None:
-        """See Layer."""
+        """See CountingLayer."""
         self._library.qv_layer_watch(self.handle)
 
     def seen(self) -> Seen:
-        """See Layer."""
+        """See CountingLayer."""
         five = (ctypes.c_double * 5)()
         self._library.qv_layer_seen(self.handle, five)
         tokens, total, largest, broken, clipped = five
@@ -289,20 +294,20 @@ class NativeLayer(Layer):
             self._library.qv_layer_free(handle)
 
 
-class GatedPair(Layer):
+class GatedPair(CountingLayer):
     """A gated MLP whose halves are mixed-bit: two products, then their elementwise one."""
 
-    def __init__(self, first: Layer, second: Layer) -> None:
+    def __init__(self, first: CountingLayer, second: CountingLayer) -> None:
         self.first, self.second = first, second
         self.n, self.k = first.n, first.k
         self.nbytes = first.nbytes + second.nbytes
 
     def watch(self) -> None:
-        """See Layer; both halves read the same tokens."""
+        """See CountingLayer; both halves read the same tokens."""
         self.first.watch()
 
     def seen(self) -> Seen:
-        """See Layer."""
+        """See CountingLayer."""
         return self.first.seen()
 
     def __call__(

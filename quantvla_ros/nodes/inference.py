@@ -135,6 +135,7 @@ class Inference:
         self._lead_s = self._took_s = 0.0
         self._episode = 0  # a chunk of an episode that is over is thrown away
         self._fresh_start = True
+        self._began_ns = 0  # header time at which the last inference began
         self._next_ns = 0  # header time at which the next inference is due
         self._pending: Job | None = None
 
@@ -213,7 +214,7 @@ class Inference:
         if self._fresh_start:
             self._fresh_start = False
             policy.reset()
-        started_ns = time.monotonic_ns()
+        started_ns, self._began_ns = time.monotonic_ns(), self._clock.now_ns()
         observation = self._builder.build()
         self.spread_s = observation.spread_ns() / NS_PER_S
         prefix, seed = None, self.settings.seed + self.chunks
@@ -256,8 +257,9 @@ class Inference:
         self._lead_s = self.latency.figures().p95_s + self.settings.margin_s
         speed = max(0.05, self.speed_scale())
         executed_s = self.settings.execute * self.settings.step_dt_s / speed
-        began_ns = now_ns - round(self._took_s * NS_PER_S)
-        self._next_ns = began_ns + round((executed_s - self._lead_s) * NS_PER_S)
+        # not from the stamp, that of the pictures: where they are late, nothing else would be done
+        counts_ns = max(chunk.stamp_ns, self._began_ns)
+        self._next_ns = counts_ns + round((executed_s - self._lead_s) * NS_PER_S)
         self.handover.kept = made
         self.handover.good(self._took_s)
         origin = Origin.of(made.observation, made.seed, prefixed=made.prefix is not None)

@@ -276,9 +276,10 @@ class SimNode(Node):
             return response
         assert self.robot.world is not None
         model = self.robot.world.model
-        for _ in range(2):  # the first of a scene takes up to a second, and is old when it comes
-            if not self._cameras.wait_for(model, self.now_ns(), FIRST_PICTURE_S):
-                self.get_logger().warning(f'no picture of the new scene in {FIRST_PICTURE_S:g} s')
+        # twice: the first picture of a scene takes up to a second, and is old when it comes
+        if not all(self._cameras.wait_for(model, self.now_ns(), FIRST_PICTURE_S)
+                   for _ in range(2)):
+            self.get_logger().warning(f'no picture of the new scene within {FIRST_PICTURE_S:g} s')
         self._pacer.restart()
         if self.lockstep:
             self._sim_ns += self._period_ns  # stamps must grow across a reset

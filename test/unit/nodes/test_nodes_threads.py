@@ -2,6 +2,7 @@
 """The inference thread, when a chunk is due, and the control thread; clocks moved by hand."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -110,6 +111,30 @@ def test_next_chunk_is_due_early_enough_to_be_ready_when_the_executed_part_ends(
     inference.poke(script.clock.now_ns())
     settle(thread)
     assert len(script.merged) == 2
+
+
+def chunks_after(inference, script, thread, *seconds):
+    """How many chunks there are in all after each of some steps of the clock."""
+    found = []
+    for step_s in seconds:
+        script.clock.advance(step_s)
+        inference.poke(script.clock.now_ns())
+        settle(thread)
+        found.append(len(script.merged))
+    return found
+
+
+def test_late_pictures_do_not_make_inference_run_without_a_pause(thread, script):
+    script.build = lambda: seen_at(script.clock.now_ns() - NS_PER_S // 4)
+    inference = make(thread, script)
+    assert chunks_after(inference, script, thread, 0.0, 0.25, 0.06) == [1, 1, 2]
+
+
+def test_pace_is_that_of_the_header_clock_however_long_an_inference_takes(thread, script):
+    script.prepare = lambda observation: (time.sleep(0.12), observation)[1]
+    inference = make(thread, script)
+    inference.latency.add = lambda took_s: None  # as if it had been ready at once
+    assert chunks_after(inference, script, thread, 0.0, 0.25, 0.06) == [1, 1, 2]
 
 
 def test_slower_speed_makes_a_chunk_last_longer(thread, script):
