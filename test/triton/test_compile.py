@@ -50,8 +50,10 @@ def test_four_nibbles_are_unpacked_at_once():
 def test_what_does_not_fit_is_told():
     case = resources.product_case(8, 0, 968, 2048, 4096, False, ORIN,
                                   tile=Tile(128, 128, 256, 4, 8, 1))
-    assert 'bytes of shared memory; the chip has' in resources.problem_with(
-        resources.usage(case, 87))
+    used = resources.usage(case, 87)
+    assert 'bytes of shared memory; the chip has' in resources.problem_with(used)
+    spilled = dataclasses.replace(used, shared=0, stack=resources.STACK + 1)
+    assert 'keeps 17 bytes of each thread in memory' in resources.problem_with(spilled)
 
 
 @pytest.mark.parametrize('chip', ['sm_80', 'sm_86', 'sm_87', 'sm_90', 'sm_999'])
