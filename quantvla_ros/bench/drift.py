@@ -2,7 +2,8 @@
 """`quantvla bench drift`: what looking for drift costs, and which changes of a scene it notices.
 
 Ranges are taken from the first half of a frames file, as calibration takes them from a bag; the
-second half is shown as it is and with other light and noise.
+second half is shown as it is and with other light and noise, and so are frames of other files,
+such as one recorded by night.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `quantvla bench drift`."""
     parser.add_argument('--frames', type=Path, required=True,
                         help='a file of `quantvla frames`')
+    parser.add_argument('--shown', type=Path, nargs='+', default=[], metavar='FRAMES',
+                        help='also show frames of these files, as recorded')
     parser.add_argument('--precision', default='w8a8', help='scheme (default w8a8)')
     parser.add_argument('--count', type=int, default=24, help='frames of each half (default 24)')
     parser.add_argument('--repeats', type=int, default=40, help='chunks that are timed')
@@ -88,6 +91,23 @@ def cost(policy: Any, observation: Observation, repeats: int) -> tuple[float, fl
     return float(np.median(plain)), float(np.median(looked))
 
 
+def noticed(policy: Any, ranges: dict[str, Range], frames: Sequence[Observation]) -> str:
+    """Look into a chunk of each frame, and say what a node would after the last."""
+    drift, warned = Drift(replace(DEFAULTS, every=1), ranges), 0
+    for turn, observation in enumerate(frames):
+        with drift.looking(policy):
+            policy.denoise(policy.prepare(observation), 0)
+        warned = warned or (turn + 1 if drift.warning else 0)
+    state = drift.status()
+    told = f'warned at look {warned}' if warned else 'no warning'
+    return (f'{100 * state["share"]:5.1f} % of the layers outside, worst '
+            f'{state["worst_layer"]} {state["worst_excess"]:.2f} x; {told}')
+
+
+def _spread(frames: tuple[Observation, ...], count: int) -> tuple[Observation, ...]:
+    return frames[:: max(1, len(frames) // count)][:count]
+
+
 def run(args: argparse.Namespace) -> int:
     """Print cost and what is noticed."""
     model = share_path('models/libero_panda')
@@ -97,8 +117,7 @@ def run(args: argparse.Namespace) -> int:
     first, second = read_frames(args.frames).halves()
     if not first or not second:
         raise ValueError(f'{args.frames} holds too few frames; record some tens of them')
-    first, second = (frames[:: max(1, len(frames) // args.count)][: args.count]
-                     for frames in (first, second))
+    first, second = _spread(first, args.count), _spread(second, args.count)
     print(f'{machine()}, {args.threads} thread(s), {args.precision}')
     plain_s, looked_s = cost(policy, second[0], args.repeats)
     share = (looked_s - plain_s) / DEFAULTS.every / plain_s
@@ -106,15 +125,9 @@ def run(args: argparse.Namespace) -> int:
           f'{DEFAULTS.every} chunks: {100 * share:.2f} % of a chunk (goal 1)')
     ranges = whole_ranges(policy, first)
     print(f'  ranges of {len(ranges)} layers from {len(first)} frames; {len(second)} others:')
-    for name, change in scenes().items():
-        drift = Drift(replace(DEFAULTS, every=1), ranges)
-        warned = 0
-        for turn, observation in enumerate(second):
-            with drift.looking(policy):
-                policy.denoise(policy.prepare(changed(observation, change)), 0)
-            warned = warned or (turn + 1 if drift.warning else 0)
-        state = drift.status()
-        told = f'warned at look {warned}' if warned else 'no warning'
-        print(f'  {name:<14} {100 * state["share"]:5.1f} % of the layers outside, worst '
-              f'{state["worst_layer"]} {state["worst_excess"]:.2f} x; {told}')
+    shown = {name: [changed(o, change) for o in second] for name, change in scenes().items()}
+    shown |= {path.stem: _spread(read_frames(path).halves()[1], args.count)
+              for path in args.shown}
+    for name, observations in shown.items():
+        print(f'  {name:<14} {noticed(policy, ranges, observations)}', flush=True)
     return 0
