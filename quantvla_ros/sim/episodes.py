@@ -55,15 +55,20 @@ class PlayableWorld(Protocol):
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things that are compared on the same episodes. steps 0: the policy's own."""
+    """One of the things that are compared on the same episodes.
+
+    steps 0: the policy's own. calibration '': none, as in PolicySettings.
+    """
 
     precision: str = 'float'
     steps: int = 0
+    calibration: str = ''
 
     @property
     def name(self) -> str:
-        """Short and unique, as in 'float' or 'w4a8, 2 steps'."""
-        return f'{self.precision}, {self.steps} steps' if self.steps else self.precision
+        """Short and unique, as in 'float', 'w4a8 + monday' or 'w4a8, 2 steps'."""
+        served = f'{self.precision} + {self.calibration}' if self.calibration else self.precision
+        return f'{served}, {self.steps} steps' if self.steps else served
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from quantvla_ros.contract import load_contract
+from quantvla_ros.quant import calibrated
 from quantvla_ros.resources import share_path
 from quantvla_ros.sim import report, through_ros
 from quantvla_ros.sim.episodes import (
@@ -39,6 +40,7 @@ from quantvla_ros.sim.players import Player, play_in_processes, play_on_ray
 from quantvla_ros.sim.scenes import MAX_TEXTURE, SUITES, Scene, check_task, load_scene, pack
 
 PROGRESS_S = 10.0
+NONE = 'none'  # the word for no calibration
 SHARED = ('contract', 'execute', 'seed', 'max_texture', 'noise_rad', 'slip', 'lighting')
 DECIDING_PACKAGES = ('mujoco', 'torch', 'numpy')
 
@@ -51,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--tasks', default='', metavar='RANGES', help='task numbers in each suite, as in 0,3-5')
     add('--inits', default='0-49', metavar='RANGES', help='official initial states, as in 0-9')
     add('--precision', default='float', metavar='NAMES', help='precisions to compare')
+    add('--calibration', default=NONE, metavar='NAMES',
+        help='calibrations to compare, with every precision: names, newest, or none (default)')
     add('--steps', default='0', metavar='NUMBERS',
         help="denoising steps to compare, as in 10,2; 0, the default, is the policy's own")
     add('--policy', default='libero_panda')
@@ -148,10 +152,12 @@ def _batch(args: argparse.Namespace) -> int:
 
 
 def variants_of(args: argparse.Namespace) -> list[Variant]:
-    """Every precision with every number of steps, in the order given."""
+    """Every precision with every calibration and number of steps, in the order given."""
+    calibrations = [name.strip() for name in args.calibration.split(',')]
     return [
-        Variant(precision.strip(), steps)
+        Variant(precision.strip(), steps, '' if calibration == NONE else calibration)
         for precision in args.precision.split(',')
+        for calibration in calibrations
         for steps in parse_numbers(args.steps)
     ]
 
@@ -182,16 +188,18 @@ def _hash_files(paths: Iterable[Path]) -> str:
 
 
 def model_hash(settings: Settings, variant: Variant) -> str:
-    """Hash what the variant is loaded from: settings, weights and its precision's files."""
+    """Hash what the variant is loaded from: settings, weights, its precision and calibration."""
     if settings.policy == 'hold':
         return ''
     folder = Path(settings.model) if settings.model else share_path(f'models/{settings.policy}')
     files = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix != '.md']
     own = [p for p in files if variant.precision in str(p.relative_to(folder))]
     deciding = [p for p in files if p.parent == folder or p in own]
-    elsewhere = Path(variant.precision)  # an artifact that does not lie beside the checkpoint
-    if elsewhere.is_dir():
-        deciding += sorted(p for p in elsewhere.rglob('*') if p.is_file())
+    # an artifact or calibration that does not lie beside the checkpoint
+    for elsewhere in filter(None, (variant.precision, variant.calibration)):
+        deciding += sorted(p for p in Path(elsewhere).rglob('*') if p.is_file())
+    if not variant.calibration:
+        deciding = [p for p in deciding if calibrated.FOLDER not in p.parts]
     return _hash_files(deciding)
 
 
@@ -229,6 +237,8 @@ class Keys:
             'weights': self._models[episode.variant],
             'scene': self._scenes[episode.task_name],
         }
+        if not episode.variant.calibration:  # as above
+            del parts['variant']['calibration']
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 

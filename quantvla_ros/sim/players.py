@@ -35,6 +35,7 @@ def load_policy(settings: Settings, variant: Variant, threads: int) -> Policy:
     made_with = PolicySettings(
         model=settings.model,
         precision=variant.precision,
+        calibration=variant.calibration,
         device=settings.device,
         steps=variant.steps,
         threads=threads,

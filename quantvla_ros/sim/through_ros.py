@@ -57,7 +57,8 @@ def processes_of(settings: Settings, variant: Variant, first: Episode) -> list[P
     """Return sim and policy node for a variant, as the graph describes them."""
     given = {
         'contract': settings.contract, 'policy': settings.policy, 'model': settings.model,
-        'precision': variant.precision, 'mode': 'lockstep', 'enable_on_activate': 'false',
+        'precision': variant.precision, 'calibration': variant.calibration,
+        'mode': 'lockstep', 'enable_on_activate': 'false',
         'params_file': str(share_path('config/slow_machine.yaml')),
         'lighting': settings.lighting,
     }

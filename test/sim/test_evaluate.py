@@ -2,11 +2,13 @@
 """`quantvla eval` on real scenes."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from quantvla_ros import cli
+from quantvla_ros.quant import calibrated
 from quantvla_ros.sim import evaluate, players
 from quantvla_ros.sim.episodes import Episode, Outcome, Settings, Variant
 from quantvla_ros.sim.robosuite_world import RobosuiteWorld
@@ -76,6 +78,30 @@ def test_an_artifact_elsewhere_decides_the_key_too(tmp_path):
     before = evaluate.model_hash(Settings(), Variant(str(artifact)))
     (artifact / 'artifact.json').write_text('2')
     assert evaluate.model_hash(Settings(), Variant(str(artifact))) != before
+
+
+def test_calibrations_are_compared_and_change_no_key_of_what_has_none(tmp_path):
+    args = SimpleNamespace(precision='w4a8, float', calibration='none,monday', steps='0')
+    names = [variant.name for variant in evaluate.variants_of(args)]
+    assert names == ['w4a8', 'w4a8 + monday', 'float', 'float + monday']
+    settings = Settings(policy='hold')
+    plain, with_one = (Episode(Variant('w4a8', calibration=c), 'libero_object', 2, 0, 8)
+                       for c in ('', 'monday'))
+    assert evaluate.Keys(settings)[plain] != evaluate.Keys(settings)[with_one]
+    artifact, made = tmp_path / 'w8a8', tmp_path / 'w8a8' / calibrated.FOLDER / 'monday'
+    made.mkdir(parents=True)
+    before = [evaluate.model_hash(Settings(), Variant(str(artifact), calibration=c))
+              for c in ('', 'monday', str(made))]
+    (made / 'calibration.json').write_text('1')
+    after = [evaluate.model_hash(Settings(), Variant(str(artifact), calibration=c))
+             for c in ('', 'monday', str(made))]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
+
+
+def test_a_calibration_that_is_not_there_is_told_and_nothing_crashes(tmp_path, capsys):
+    words = ['--policy', 'libero_panda', '--precision', 'float', '--calibration', 'monday']
+    assert play_all(tmp_path / 'out', *words) == 2
+    assert 'calibration' in capsys.readouterr().err
 
 
 def test_the_player_sees_the_light_that_was_asked_for():
