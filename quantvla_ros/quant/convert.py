@@ -142,8 +142,9 @@ def _single(
 
 
 def _bias(net: nn.Module, name: str) -> torch.Tensor | None:
+    """A tensor and no parameter, which a module that holds it would count as its own."""
     bias = _linear(net, name).bias
-    return None if bias is None else bias.cpu()
+    return None if bias is None else bias.detach().cpu()
 
 
 def _linear(net: nn.Module, name: str) -> nn.Linear:

@@ -27,7 +27,7 @@ def convolution_layers(net: nn.Module, sites: PolicySites) -> dict[str, Quantize
     for site in sites.convolutions:
         conv = net.get_submodule(site.name)
         assert isinstance(conv, nn.Conv2d)
-        bias = None if conv.bias is None else conv.bias.cpu()
+        bias = None if conv.bias is None else conv.bias.detach().cpu()
         layers[site.name] = nearest_layer(
             ROUNDED, window_rows(conv.weight.cpu()), bias, SCHEME)
     return layers

@@ -15,7 +15,7 @@ from quantvla_ros.calibration.evidence import judge
 from quantvla_ros.calibration.factors import Factors, Foldable
 from quantvla_ros.calibration.frames import FrameSet, frames_digest
 from quantvla_ros.calibration.passes import encode, play
-from quantvla_ros.calibration.pipeline import quantize_unseen
+from quantvla_ros.calibration.pipeline import quantize_policy, quantize_unseen
 from quantvla_ros.calibration.policy_runs import chunks
 from quantvla_ros.calibration.run import CalibrationRun, with_provenance
 from quantvla_ros.calibration.settings import CalibrationSettings
@@ -168,6 +168,18 @@ def test_rounding_anew_mends_what_factors_cannot(model, contract, frames):
     assert 'backbone.blocks.1.mlp.down_proj' in outcome.calibration.layers
     evidence = outcome.calibration.evidence
     assert evidence.after.mean_rad < 0.5 * evidence.before.mean_rad
+
+
+def test_an_artifact_of_onboard_is_rounded_anew_as_a_whole(model, contract, frames):
+    """Its modulation has float tokens: the new layer must not hold the float net's own bias."""
+    policy = LiberoVla.around(contract, PolicySettings(threads=1), *read_checkpoint(model))
+    made = quantize_policy(policy, find_recipe('onboard'), parse_scheme('w8a8'), frames.fit[:2],
+                           seed=0, make=QuantLinear).layers
+    assert any(layer.scheme.act_bits == 16 and layer.bias is not None for layer in made.values())
+    checkpoint, _ = read_checkpoint(model)
+    write_artifact(model / 'w8a8', made, Provenance(checkpoint.sha256, 'onboard', 'w8a8'))
+    outcome = calibrate(model, contract, frames, learn=('rounding',))
+    assert [question.what for question in outcome.questions] == ['rounding']
 
 
 def test_rounding_anew_by_a_recipe_that_sees_no_frames_is_refused(model, contract, frames):
