@@ -12,6 +12,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+INTERRUPTED = 130  # exit status of what Ctrl-C ended, as shells have it
+
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {
     'demo': ('quantvla_ros.demo', 'Watch the simulated arm work; leaves a film, plot and bag.'),
@@ -68,8 +70,8 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status.
 
-    What the user can mend (a ValueError or a missing file) is printed as a sentence; any other
-    exception is a bug and keeps its traceback.
+    What the user can mend (a ValueError or a missing file) is printed as a sentence, and so is
+    Ctrl-C; any other exception is a bug and keeps its traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ('-h', '--help', 'help'):
@@ -88,3 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f'quantvla {name}: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f'quantvla {name}: interrupted', file=sys.stderr)
+        return INTERRUPTED

@@ -54,6 +54,15 @@ def test_what_the_user_can_mend_is_a_sentence(command, capsys):
     assert 'quantvla bench pretend: joint order' in capsys.readouterr().err
 
 
+def test_ctrl_c_is_a_sentence(command, capsys):
+    def run(args):
+        raise KeyboardInterrupt
+
+    command(run)
+    assert cli.main(['bench', 'pretend']) == 130
+    assert capsys.readouterr().err == 'quantvla bench pretend: interrupted\n'
+
+
 def test_a_bug_keeps_its_traceback(command):
     def run(args):
         raise KeyError('bug')
