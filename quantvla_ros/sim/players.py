@@ -28,6 +28,7 @@ from quantvla_ros.sim.lighting import parse_lighting
 
 PATIENCE_S = 0.015  # how long a batch waits for the next one to join; a small batch costs as much
 MAX_DEATHS = 8
+GRACE_S = 10.0  # for a player to free what it holds
 
 
 def load_policy(settings: Settings, variant: Variant, threads: int) -> Policy:
@@ -65,10 +66,15 @@ class Player:
         text = world.scene.instruction
         return play(world, episode, self.settings, self.contract, text, self._act, watch)
 
+    def close(self) -> None:
+        """Free the world, and the GL context with it."""
+        if self._world is not None:
+            self._world.close()
+        self._world, self._task = None, ''
+
     def _world_of(self, episode: Episode) -> Any:
         if self._task != episode.task_name:
-            if self._world is not None:
-                self._world.close()
+            self.close()
             self._world, self._task = make_task(self.settings, episode), episode.task_name
         return self._world
 
@@ -180,6 +186,7 @@ def _serve(connection: Connection, settings: Settings) -> None:
                 connection.send(('done', player.play(episode)))
             except ValueError as error:
                 connection.send(('refused', str(error)))
+    player.close()  # while the GL library is whole: at exit it may not be
 
 
 class _Worker:
@@ -286,6 +293,8 @@ def _play_on_one(
         yield from _collect(team, queue, settings, inference)
     finally:
         for worker in team:
+            if worker.episode is None:  # was told to end
+                worker.process.join(GRACE_S)
             worker.process.terminate()
         for worker in team:
             worker.process.join()

@@ -153,6 +153,19 @@ def test_a_process_that_dies_is_a_crash_and_its_work_goes_on(monkeypatch):
     assert 'exit code -9' in found[0].error
 
 
+def test_a_player_that_is_done_frees_what_it_holds_and_ends_by_itself(monkeypatch):
+    start, started = players._Worker.__init__, []
+
+    def start_and_keep(self, settings, index):
+        start(self, settings, index)
+        started.append(self.process)
+
+    monkeypatch.setattr(players._Worker, '__init__', start_and_keep)
+    asked = [Episode(Variant(), 'libero_object', 2, 0, 8)]
+    assert len(list(players.play_in_processes(asked, Settings(policy='hold'), workers=1))) == 1
+    assert [process.exitcode for process in started] == [0]
+
+
 def _give_even_to_the_dead(self, episode):
     self.episode = episode
     if self.process.is_alive():
