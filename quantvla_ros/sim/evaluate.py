@@ -187,19 +187,23 @@ def _hash_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def _files(folder: Path, variant: Variant) -> list[Path]:
+    """Every file of a folder but prose, and but calibrations where the variant has none."""
+    return [p for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix != '.md'
+            and (variant.calibration or calibrated.FOLDER not in p.relative_to(folder).parts)]
+
+
 def model_hash(settings: Settings, variant: Variant) -> str:
     """Hash what the variant is loaded from: settings, weights, its precision and calibration."""
     if settings.policy == 'hold':
         return ''
     folder = Path(settings.model) if settings.model else share_path(f'models/{settings.policy}')
-    files = [p for p in sorted(folder.rglob('*')) if p.is_file() and p.suffix != '.md']
+    files = _files(folder, variant)
     own = [p for p in files if variant.precision in str(p.relative_to(folder))]
     deciding = [p for p in files if p.parent == folder or p in own]
     # an artifact or calibration that does not lie beside the checkpoint
     for elsewhere in filter(None, (variant.precision, variant.calibration)):
-        deciding += sorted(p for p in Path(elsewhere).rglob('*') if p.is_file())
-    if not variant.calibration:
-        deciding = [p for p in deciding if calibrated.FOLDER not in p.parts]
+        deciding += _files(Path(elsewhere), variant)
     return _hash_files(deciding)
 
 

@@ -88,8 +88,12 @@ def test_calibrations_are_compared_and_change_no_key_of_what_has_none(tmp_path):
     plain, with_one = (Episode(Variant('w4a8', calibration=c), 'libero_object', 2, 0, 8)
                        for c in ('', 'monday'))
     assert evaluate.Keys(settings)[plain] != evaluate.Keys(settings)[with_one]
-    artifact, made = tmp_path / 'w8a8', tmp_path / 'w8a8' / calibrated.FOLDER / 'monday'
+    artifact = tmp_path / calibrated.FOLDER / 'w8a8'  # a name above the model hides nothing
+    made = artifact / calibrated.FOLDER / 'monday'
     made.mkdir(parents=True)
+    bare = evaluate.model_hash(Settings(), Variant(str(artifact)))
+    (artifact / 'artifact.json').write_text('1')
+    assert evaluate.model_hash(Settings(), Variant(str(artifact))) != bare
     before = [evaluate.model_hash(Settings(), Variant(str(artifact), calibration=c))
               for c in ('', 'monday', str(made))]
     (made / 'calibration.json').write_text('1')

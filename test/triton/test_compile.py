@@ -31,11 +31,14 @@ KINDS = [
     (87, resources.attend_case(50, 1018, 8, 1, 256, ORIN)),
 ]
 
+# an H100 ran this split fastest all the same: 8.1 us, the next one 13.5
+KNOWN = {(90, 'attend 50x1018 8/1x256 64/64 k8'): 'keeps 16 bytes of each thread in memory'}
+
 
 @pytest.mark.parametrize(('chip', 'case'), KINDS, ids=lambda v: getattr(v, 'name', str(v)))
 def test_kernel_compiles_and_fits_its_chip(chip, case):
     used = resources.usage(case, chip)
-    assert resources.problem_with(used) == ''
+    assert resources.problem_with(used) == KNOWN.get((chip, case.name), '')
     assert 0 < used.registers <= 255
     if case.name.startswith('w'):  # integers on the matrix units, loaded ahead of their use
         assert used.matrix == ('wgmma.s32.s8' if chip == 90 else 'mma.s32.s8')
@@ -52,8 +55,8 @@ def test_what_does_not_fit_is_told():
                                   tile=Tile(128, 128, 256, 4, 8, 1))
     used = resources.usage(case, 87)
     assert 'bytes of shared memory; the chip has' in resources.problem_with(used)
-    spilled = dataclasses.replace(used, shared=0, stack=resources.STACK + 1)
-    assert 'keeps 17 bytes of each thread in memory' in resources.problem_with(spilled)
+    spilled = dataclasses.replace(used, shared=0, stack=8)
+    assert 'keeps 8 bytes of each thread in memory' in resources.problem_with(spilled)
 
 
 @pytest.mark.parametrize('chip', ['sm_80', 'sm_86', 'sm_87', 'sm_90', 'sm_999'])

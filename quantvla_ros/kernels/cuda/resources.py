@@ -40,7 +40,6 @@ PRODUCTS = (
 
 
 BULK = 128  # bytes of a row that Hopper's engine copies at once
-STACK = 16  # bytes of a thread that may lie in memory: an H100 ran the fastest split with as many
 
 
 @dataclass(frozen=True)
@@ -273,6 +272,6 @@ def problem_with(used: Usage) -> str:
     limit = chip(used.chip).shared
     if used.shared > limit:
         return f'takes {used.shared} bytes of shared memory; the chip has {limit}'
-    if used.stack > STACK:
+    if used.stack > 0:
         return f'keeps {used.stack} bytes of each thread in memory'
     return ''
