@@ -33,6 +33,7 @@ SECTIONS = {
     'sanitize': 'the checks under compute-sanitizer',
     'profile': 'where the time of a chunk goes, kernel by kernel',
 }
+FAMILIES = ('pi05', 'groot_n15')
 ALONE = ('estimate', 'compile')  # need no card
 ASKED = ('compile', 'sanitize', 'profile', 'ways')  # run only when named
 
@@ -41,12 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument('--only', default='', help='sections by comma: ' + ', '.join(SECTIONS))
     parser.add_argument('--quick', action='store_true', help='fewer shapes and precisions')
+    parser.add_argument('--family', default='', help='networks by comma: pi05, groot_n15')
     parser.add_argument('--dry', action='store_true',
                         help='tiny sizes, interpreted on the CPU; times mean nothing')
     parser.add_argument('--tune', action='store_true',
                         help='time every tile of every shape and write tiles.json')
     parser.add_argument('--ways', default='', help='kernels that tiles.json does not choose yet, '
-                        'by comma, or all: pair, turn, raw')
+                        'by comma, or all: pair, turn, raw, fetch')
     parser.add_argument('--tiles', type=Path, help='where --tune writes; default: the package')
     parser.add_argument('--budget', type=float, default=BUDGET_S, metavar='SECONDS',
                         help='what would end later is left out and named')
@@ -104,15 +106,19 @@ def make_bench(args: argparse.Namespace) -> Any:
 
     if MISSING:
         raise ValueError(MISSING)
+    families = tuple(name for name in args.family.split(',') if name)
+    unknown = sorted(set(families) - set(FAMILIES))
+    if unknown:
+        raise ValueError(f'--family names {", ".join(unknown)}; known are {", ".join(FAMILIES)}')
     if args.dry:
         interpreted.enter()
-        return Bench(torch.device('cpu'), True, True, Deadline(args.budget))
+        return Bench(torch.device('cpu'), True, True, Deadline(args.budget), families=families)
     if interpreted.active():
         raise ValueError(f'unset {interpreted.VARIABLE}, or take --dry')
     if not torch.cuda.is_available():
         raise ValueError('no GPU that torch can use; --only estimate,compile and --dry need none')
     return Bench(torch.device('cuda'), False, args.quick, Deadline(args.budget),
-                 thorough=bool(args.only) and not args.quick)
+                 thorough=bool(args.only) and not args.quick, families=families)
 
 
 def compile_report(_: Any) -> list[dict[str, Any]]:

@@ -53,6 +53,17 @@ SETTINGS = (Setting('pi05', 50, 10), Setting('pi05', 10, 10), Setting('groot_n15
             Setting('groot_n15', 16, 8))
 
 
+def settings_of(bench: Bench) -> tuple[Setting, ...]:
+    """The lines of the networks that were asked for."""
+    return tuple(s for s in SETTINGS if not bench.families or s.family in bench.families)
+
+
+def first_of_each(bench: Bench) -> tuple[Setting, ...]:
+    """One setting of each of them."""
+    found = {s.family: s for s in reversed(settings_of(bench))}
+    return tuple(found.values())[::-1]
+
+
 def network(setting: Setting, bench: Bench) -> Any:
     """The family's modules without storage; tiny ones for a dry run."""
     if bench.dry:
@@ -162,13 +173,14 @@ def cast(condition: Any, dtype: torch.dtype) -> Any:
 def chunks(bench: Bench) -> dict[str, Any]:
     """Print and return the table of whole chunks."""
     chip = launch.chip_of(bench.device)
-    settings = SETTINGS[:1] + SETTINGS[2:3] if bench.quick or bench.dry else SETTINGS
+    first = first_of_each(bench)
+    settings = first if bench.quick or bench.dry else settings_of(bench)
     if not bench.dry:
         warm_caches(settings, bench)
     found: dict[str, Any] = {}
     for setting in settings:
         rows: dict[str, Any] = {}
-        whole = setting is settings[0] and not (bench.quick or bench.dry)
+        whole = setting in first and not (bench.quick or bench.dry)
         for precision in PRECISIONS if whole or bench.thorough else PRECISIONS[:4]:
             if bench.deadline.left_s() < 30:
                 print(f'  {setting.name} {precision.name}: not measured, the time is up')
@@ -249,7 +261,7 @@ def memory(bench: Bench) -> dict[str, Any]:
     if bench.dry:
         print('  needs a card: a process on the CPU has no device memory')
         return found
-    for setting in (SETTINGS[0], SETTINGS[2]):
+    for setting in first_of_each(bench):
         for precision in PRECISIONS[2::-1]:
             if bench.deadline.left_s() < 20:
                 print(f'  {setting.family} {precision.name}: not measured, the time is up')

@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,24 @@ SHOWN = 14
 
 
 def profiles(bench: Bench) -> dict[str, Any]:
-    """Print and return the kernels of pi0.5's prefix and loop at four precisions."""
+    """Print and return the kernels of each network's prefix and loop at four precisions."""
     found: dict[str, Any] = {}
     if bench.dry:
         print('  needs a card: the interpreter has no kernels to time')
         return found
-    for precision in gpu_chunk.PRECISIONS[:4]:
+    for setting, precision in product(gpu_chunk.first_of_each(bench), gpu_chunk.PRECISIONS[:4]):
+        name = f'{setting.family} {precision.name}'
         if bench.deadline.left_s() < 20:
-            print(f'  {precision.name}: not profiled, the time is up')
+            print(f'  {name}: not profiled, the time is up')
             continue
-        graphs = gpu_chunk.build(gpu_chunk.SETTINGS[0], precision, bench, NOWHERE)
+        graphs = gpu_chunk.build(setting, precision, bench, NOWHERE)
         with torch.inference_mode():
-            rows = {name: kernels(run) for name, run in
+            rows = {part: kernels(run) for part, run in
                     (('prefix', graphs.prefix), ('loop', graphs.denoise))}
         del graphs
         gpu_chunk.free()
-        found[precision.name] = rows
-        show(precision.name, rows)
+        found[name] = rows
+        show(name, rows)
     return found
 
 

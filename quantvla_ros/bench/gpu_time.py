@@ -41,6 +41,7 @@ class Bench:
     quick: bool
     deadline: Deadline
     thorough: bool = False  # sections that were asked for by name leave nothing out
+    families: tuple[str, ...] = ()  # networks to run; all where none is named
     figures: dict[str, Any] = field(default_factory=dict)
 
     @property

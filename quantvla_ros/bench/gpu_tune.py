@@ -51,16 +51,16 @@ GROOT = (
     (49, 1536, 1536, 'raw'), (560, 12288, 2048, 'pair'), (560, 2048, 6144, ''),
     (512, 4304, 1152, ''), (512, 1152, 4304, ''), (512, 3456, 1152, ''), (512, 1152, 1152, ''),
     (560, 4096, 2048, ''), (560, 2048, 2048, ''), (560, 8192, 2048, ''), (560, 2048, 8192, ''),
+    (560, 24576, 2048, ''), (560, 6144, 2048, ''), (512, 2048, 1152, ''),
     (49, 1536, 6144, ''), (49, 1536, 1536, ''), (560, 6144, 2048, 'gated'),
 )
 ALONE = ((1, 4096, 4096, ''), (1, 11008, 4096, ''), (1, 4096, 11008, ''))
-SHAPES = PI05 + GROOT + TEN + ALONE
+SHAPES = (('pi05', PI05), ('groot_n15', GROOT), ('pi05', TEN), ('openvla', ALONE))
 WAY_OF = {'pair': 'pair', 'turned': 'turn', 'raw': 'raw'}  # tuned where asked for
 HEAD = 256
 PART_US = 0.15  # what the norm behind a raw product spends on each split, about
 DRY = ((5, 96, 256, ''),)
 CPU = torch.device('cpu')
-FEW = 128  # tokens of a denoising step at most
 TOGETHER = 4  # tiles that a worker compiles in one task
 
 
@@ -272,7 +272,8 @@ def fastest(
 
 def shapes(bench: Bench) -> Iterator[Shape]:
     """By what they take of a chunk; groups last."""
-    table: tuple[tuple[int, int, int, str], ...] = SHAPES
+    table = tuple(shape for family, some in SHAPES for shape in some
+                  if not bench.families or family in bench.families)
     if bench.dry or bench.quick:
         table = DRY if bench.dry else PI05[:7]
     chip = launch.chip_of(bench.device)
@@ -283,7 +284,7 @@ def shapes(bench: Bench) -> Iterator[Shape]:
             for kind in kinds:
                 group = gpu_gemm.OURS[kind][1]
                 if not group or (k % group == 0 and n > 1024):
-                    early = m <= FEW and tiles.early(kind.partition('g')[0], chip).loop
+                    early = m <= tiles.FEW and tiles.early(kind.partition('g')[0], chip).loop
                     yield Shape(m, n, k, kind, follows, early)
 
 
@@ -292,8 +293,10 @@ def tune(bench: Bench, file: Path, *, attention: bool = True) -> None:
     chip = launch.chip_of(bench.device)
     ahead = Ahead(bench)
     cut = 2 if bench.dry else None
-    names = list(gpu_attention.CASES) if attention and not bench.dry else []
-    early = {name: gpu_attention.few(gpu_attention.CASES[name]) and
+    names = [] if bench.dry or not attention else [
+        name for name, case in gpu_attention.CASES.items()
+        if not bench.families or case.family in bench.families]
+    early = {name: gpu_attention.CASES[name].few and
              tiles.early('w8a8', chip).loop for name in names}
     splits = {name: gpu_attention.candidates(gpu_attention.CASES[name], chip) for name in names}
     waiting: dict[Any, tuple[list[Any], list[Future[None]]]] = {}
@@ -352,8 +355,7 @@ def _tune_attention(name: str, early: bool, candidates: list[Split], bench: Benc
         candidates, lambda s: gpu_attention.measure(case, s, bench, early=early), bench)
     if best is None:
         return None
-    rows, keys, heads, groups, width = case
-    return {'rows': rows * heads // groups, 'keys': keys, 'heads': groups, 'width': width,
+    return {'rows': case.rows, 'keys': case.keys, 'heads': case.groups, 'width': case.width,
             'split': list(astuple(best)), 'us': round(least, 2), 'tried': len(candidates)}
 
 

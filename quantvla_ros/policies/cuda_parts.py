@@ -92,9 +92,6 @@ class Machine:
         return sum(t.numel() * t.element_size() for t in held)
 
 
-FEW = 128  # tokens up to which the sums of a split product are left to the next norm
-
-
 class FloatProjection:
     """y = x W^T + bias in the model's type, by the vendor's library."""
 
@@ -185,7 +182,7 @@ class IntegerProjection:
     def sums(self, tokens: Tokens, gate: Tensor | None, step: int) -> Branch | None:
         """Leave a split product's raw sums to the next norm, for few tokens; None for others."""
         rows, m = tokens.data.shape[0], self.machine
-        if rows > FEW or 'raw' not in m.ways:
+        if rows > tiles.FEW or 'raw' not in m.ways:
             return None
         tile = tiles.choose(launch.problem_of(self.weight, rows, 'raw'), m.chip)
         if tile.split == 1:

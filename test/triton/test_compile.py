@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,28 @@ def test_kernel_compiles_and_fits_its_chip(chip, case):
 def test_four_nibbles_are_unpacked_at_once():
     kernel = resources.compiled(resources.product_case(4, 0, 50, 1024, 4096, False, HOPPER), 90)
     assert kernel.asm['ptx'].count('0xF0F0F0F0') >= 2
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('pair', [False, True])
+def test_overlapped_products_wait_for_nothing(bits, pair):
+    tile = Tile(128, 64, 64, 4, 4, 1, tiles.OVERLAPPED)
+    kernel = resources.compiled(
+        resources.overlapped_case(bits, 560, 2048, 6144, tile, pair=pair, pdl=True), 90)
+    ptx = kernel.asm['ptx']
+    assert resources.waits(ptx) == ''
+    # in the loop a step is begun before the one ahead has ended; behind it all have
+    assert re.findall(r'wgmma.wait_group.sync.aligned (\d+)', ptx) == [str(8 // bits), '0']
+
+
+def test_overlapped_is_for_many_tokens_on_hopper():
+    tile = Tile(128, 64, 128, 4, 4, 1, tiles.OVERLAPPED)
+    many, few = Problem(8, 560, 2048, 2048), Problem(8, 50, 2048, 2048)
+    assert tiles.fit(tile, many, HOPPER) == tile
+    for problem, chip in ((few, HOPPER), (many, ORIN),
+                          (Problem(8, 560, 2048, 2048, 128, 128), HOPPER),
+                          (Problem(8, 560, 2048, 2048, follows='turned'), HOPPER)):
+        assert tiles.fit(tile, problem, chip).bulk < tiles.OVERLAPPED
 
 
 def test_what_does_not_fit_is_told():
@@ -112,7 +135,7 @@ def test_candidates_are_few_and_all_of_them_run():
         for m in (10, 50, 968):
             problem = Problem(bits, m, 4096, 1024, 0, 256)
             found = tiles.candidates(problem, HOPPER)
-            assert 4 <= len(found) <= 32  # each costs a compilation
+            assert 4 <= len(found) <= 64  # each costs a compilation
             assert all(tiles.fit(tile, problem, HOPPER) == tile for tile in found)
             assert json.dumps([dataclasses.astuple(tile) for tile in found])
 

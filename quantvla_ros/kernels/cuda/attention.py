@@ -11,7 +11,7 @@ length up to the capacity it was planned for.
 from __future__ import annotations
 
 from quantvla_ros.kernels.cuda.language import jit, tl
-from quantvla_ros.kernels.cuda.tokens import emit
+from quantvla_ros.kernels.cuda.tokens import emit, turning
 
 
 @jit
@@ -104,12 +104,13 @@ def join(
     CAST: tl.constexpr, PDL: tl.constexpr,
 ):
     """Put the splits of one token together, all heads; grid (rows,). K = HEADS * D."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     column = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
     inside = column < K
+    own, signs = turning(diagonal, hadamard, column, K, DIAGONAL, ROTATE)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if D % 64 == 0:  # a block of 64 columns lies within a head: a number for each block will do
         head = tl.minimum(tl.arange(0, BLOCKS)[:, None] * 64 // D, HEADS - 1)
     else:
@@ -126,8 +127,8 @@ def join(
         weight += share
         part = tl.load(parts + line * D + column, mask=inside, other=0.0)
         total += share * part.to(tl.float32)
-    emit(total * (1.0 / weight), diagonal, hadamard, out, scale, static, row, K, KP,
-         BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)
+    emit(total * (1.0 / weight), own, signs, out, scale, static, row, K, KP,
+         BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST, ACROSS=True)
 
 
 @jit

@@ -12,7 +12,7 @@ has ended: nothing in a graph that begins launches early may write scales, biase
 from __future__ import annotations
 
 from quantvla_ros.kernels.cuda.language import jit, tl
-from quantvla_ros.kernels.cuda.product import activate, sums
+from quantvla_ros.kernels.cuda.product import activate, fetch_ahead, sums
 
 
 @jit
@@ -99,12 +99,13 @@ def leave(
 
 @jit(do_not_specialize=['M'])
 def fused(
-    x, sx, w, sw, bias, out, cosine, sine, length, k_out, v_out,
+    x, sx, w, sw, bias, out, cosine, sine, length, k_out, v_out, rows_of_w,
     M, N, KP, NP, out_stride, k_stride, v_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, ACT: tl.constexpr,
     BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, BULK: tl.constexpr, RAW: tl.constexpr, TURN: tl.constexpr,
     QUERIES: tl.constexpr, VALUES: tl.constexpr, LENGTH: tl.constexpr, PDL: tl.constexpr,
+    FETCH: tl.constexpr,
 ):
     """One tile (BN rows of W, BM tokens) of one split; grid (tiles, SPLIT), SPLIT > 1 with RAW.
 
@@ -127,11 +128,6 @@ def fused(
         position = rm + tl.load(length)
     if TURN and SMALL:
         c, s = angles(cosine, sine, rm, position, row_n, M, BN, TURN, VALUES)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if not RAW:
-        token_scale = tl.load(sx + rm, mask=rm < M, other=0.0)
     rx = tl.where(rm < M, rm, 0)  # instead of a mask: what it gives is never stored
     steps = KP // BK
     if BITS == 4:
@@ -139,6 +135,13 @@ def fused(
     each = tl.cdiv(steps, SPLIT)
     first = split * each
     last = tl.minimum(first + each, steps)
+    if FETCH:
+        fetch_ahead(rows_of_w, rn, first * BK, last * BK, steps * BK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if not RAW:
+        token_scale = tl.load(sx + rm, mask=rm < M, other=0.0)
     acc, _ = sums(x, w, sw, w, sw, rx, rn, row_x, row_n, first, last, KP, NP,
                   BITS, GROUP, PACK, False, BM, BN, BK, BULK)
     if RAW:

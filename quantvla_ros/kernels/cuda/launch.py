@@ -18,7 +18,7 @@ from quantvla_ros.kernels.cuda import product as product_kernels
 from quantvla_ros.kernels.cuda import tokens as token_kernels
 from quantvla_ros.kernels.cuda.language import MISSING, triton
 from quantvla_ros.kernels.cuda.pack import DeviceWeight
-from quantvla_ros.kernels.cuda.tiles import Chip, Problem, Tile, choose
+from quantvla_ros.kernels.cuda.tiles import FEW, OVERLAPPED, Chip, Problem, Tile, choose, ways
 from quantvla_ros.kernels.reference import TOP, block_hadamard
 
 
@@ -139,9 +139,10 @@ def blocks_of(columns: int) -> int:
     return max(16, 1 << (-(-columns // 64) - 1).bit_length())
 
 
-def warps_of(columns: int) -> int:
-    """Warps that share a token."""
-    return 4 if columns <= 2048 else 8 if columns <= 8192 else 16
+def warps_of(columns: int, rows: int) -> int:
+    """Warps that share a token; twice as many where few tokens leave most of the chip idle."""
+    warps = 4 if columns <= 2048 else 8 if columns <= 8192 else 16
+    return min(16, 2 * warps) if rows <= FEW else warps
 
 
 def cast_of(dtype: torch.dtype) -> object:
@@ -184,13 +185,18 @@ def make_tokens(
         MULTIPLY=norm.multiply is not None, ADD=norm.add is not None, TOP=take.top,
         DIAGONAL=take.diagonal is not None, ROTATE=take.rotate,
         STATIC=take.static is not None, CAST=cast_of(x.dtype), PDL=pdl,
-        num_warps=warps_of(columns), enable_fp_fusion=False, **launched(pdl),
+        num_warps=warps_of(columns, x.shape[0]), enable_fp_fusion=False, **launched(pdl),
     )
 
 
 def launched(pdl: bool) -> dict[str, bool]:
     """Option of a launch that may begin before the kernel ahead of it has ended."""
     return {'launch_pdl': True} if pdl else {}
+
+
+def fetches(rows: int, pdl: bool, device: torch.device) -> bool:
+    """Whether a product asks for its weights before the kernel ahead has ended."""
+    return pdl and rows <= FEW and 'fetch' in ways(chip_of(device))
 
 
 def started(kernel: Any, grid: tuple[int, ...], ahead: bool) -> Any:
@@ -245,6 +251,12 @@ def run_product(
     n = weight.shape[0]
     follows = 'gated' if e.up is not None else ''
     t = tile or choose(problem_of(weight, rows, follows), chip_of(out.device))
+    if t.bulk == OVERLAPPED:
+        from quantvla_ros.kernels.cuda import launch_overlapped
+
+        if launch_overlapped.can(t):
+            launch_overlapped.run_overlapped(tokens, weight, out, e, t, pdl=pdl, ahead=ahead)
+            return
     count = -(-rows // t.bm) * -(-n // t.bn)
     if t.split > 1:
         workspace.reserve(count * t.split * t.bm * t.bn * (2 if e.up else 1), count)
@@ -259,12 +271,12 @@ def run_product(
         e.bias if e.bias is not None else none, u, up.scales,
         e.up_bias if e.up_bias is not None else none, e.gate if e.gate is not None else none,
         e.residual if e.residual is not None else none, out,
-        sums.view(torch.float32) if weight.group else sums, workspace.count,
+        sums.view(torch.float32) if weight.group else sums, workspace.count, weight.data,
         rows, n, weight.padded[1], weight.padded[0], out.stride(0),
         BITS=weight.bits, GROUP=weight.group, PACK=weight.pack, UP=e.up is not None, ACT=e.act,
         BIAS=e.bias is not None, UP_BIAS=e.up_bias is not None, GATE=e.gate is not None,
         RESIDUAL=e.residual is not None, BM=t.bm, BN=t.bn, BK=t.bk, SPLIT=t.split,
-        BULK=bool(t.bulk), PDL=pdl,
+        BULK=bool(t.bulk), PDL=pdl, FETCH=fetches(rows, pdl, out.device),
         num_warps=t.warps, num_stages=t.stages, **launched(pdl),
     )
 

@@ -154,7 +154,7 @@ def run_join(
         out.data.stride(0), BLOCKS=blocks_of(out.data.stride(0)), D=width, HEADS=heads,
         SPLIT=split, TOP=take.top, DIAGONAL=take.diagonal is not None, ROTATE=take.rotate,
         STATIC=take.static is not None,
-        CAST=cast_of(dtype), PDL=pdl, num_warps=2 * warps_of(heads * width),
+        CAST=cast_of(dtype), PDL=pdl, num_warps=min(16, 2 * warps_of(heads * width, rows)),
         enable_fp_fusion=False, **launched(pdl),
     )
 

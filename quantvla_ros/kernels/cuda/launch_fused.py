@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from quantvla_ros.kernels.cuda import fused as kernels
+from quantvla_ros.kernels.cuda import launch_overlapped
 from quantvla_ros.kernels.cuda.launch import (
+    Epilogue,
     Tokens,
     chip_of,
     described,
+    fetches,
     language,
     launched,
     nothing,
@@ -74,6 +77,10 @@ def _run(
     t = tile or choose(problem_of(weight, rows, follows), chip_of(out.device))
     if follows != 'raw':
         t = replace(t, split=1)
+    if follows == 'pair' and launch_overlapped.can(t):
+        launch_overlapped.run_overlapped(tokens, weight, out, Epilogue(bias, act), t, pair=True,
+                                         pdl=pdl, ahead=ahead)
+        return
     x, w = tokens.data, weight.data
     if t.bulk:
         x, w = described(x, t.bm, t.bk), described(w, t.bn, t.bk)
@@ -82,7 +89,7 @@ def _run(
         x, tokens.scale, w, weight.scales, bias if bias is not None else none, out,
         turn.cosine if turn else none, turn.sine if turn else none,
         turn.length if turn and turn.length is not None else none,
-        turn.k_out if turn else none, turn.v_out if turn else none,
+        turn.k_out if turn else none, turn.v_out if turn else none, weight.data,
         rows, n, weight.padded[1], weight.padded[0], out.stride(-2),
         turn.k_out.stride(-2) if turn else 0, turn.v_out.stride(-2) if turn else 0,
         BITS=weight.bits, GROUP=weight.group, PACK=weight.pack, ACT=act, BIAS=bias is not None,
@@ -90,5 +97,6 @@ def _run(
         TURN=turn.cosine.shape[-1] if turn else 0, QUERIES=turn.queries if turn else 0,
         VALUES=turn.values if turn else 0,
         LENGTH=turn is not None and turn.length is not None, PDL=pdl,
-        num_warps=t.warps, num_stages=t.stages, **launched(pdl),
+        FETCH=fetches(rows, pdl, out.device), num_warps=t.warps, num_stages=t.stages,
+        **launched(pdl),
     )

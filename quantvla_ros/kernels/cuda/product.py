@@ -29,6 +29,21 @@ NIBBLES = constant('{ .reg .b32 t; shl.b32 t, $2, 4; and.b32 $1, $2, 0xF0F0F0F0;
                    'and.b32 $0, t, 0xF0F0F0F0; }')
 
 
+# asks for 128 bytes at $1 to come closer, into the second-level cache; $0 is of no use
+CLOSER = constant('{ prefetch.global.L2 [$1]; mov.b32 $0, 0; }')
+
+
+@jit
+def fetch_ahead(w, rn, start, end, row_bytes):
+    """Ask for bytes start .. end of rows of W: nothing in a graph ever writes them."""
+    if MACHINE:
+        line = tl.arange(0, 2)[None, :] * 128
+        for at in range(start, end, 256):
+            place = w + rn[:, None] * row_bytes + tl.minimum(at + line, end - 1)
+            tl.inline_asm_elementwise(CLOSER, '=r,l', [place.to(tl.int64, bitcast=True)],
+                                      dtype=tl.int32, is_pure=False, pack=1)
+
+
 @jit
 def damped(x, power):
     """x / (1 + 2^power)."""
@@ -182,17 +197,17 @@ def finish(
 
 @jit(do_not_specialize=['M'])
 def product(
-    x, sx, w, sw, bias, up, up_sw, up_bias, gate, residual, out, partial, count,
+    x, sx, w, sw, bias, up, up_sw, up_bias, gate, residual, out, partial, count, rows_of_w,
     M, N, KP, NP, out_stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, UP: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr, UP_BIAS: tl.constexpr, GATE: tl.constexpr,
     RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SPLIT: tl.constexpr, BULK: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, BULK: tl.constexpr, PDL: tl.constexpr, FETCH: tl.constexpr,
 ):
-    """One tile (BN rows of W, BM tokens) of one split; grid (tiles, SPLIT). See the module."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    """One tile (BN rows of W, BM tokens) of one split; grid (tiles, SPLIT). See the module.
+
+    FETCH: weights are asked for before the kernel ahead has ended; rows_of_w: w as it lies.
+    """
     tile, split = tl.program_id(0), tl.program_id(1)
     across = tl.cdiv(M, BM)
     row_x, row_n = (tile % across) * BM, (tile // across) * BN
@@ -205,6 +220,11 @@ def product(
     each = tl.cdiv(steps, SPLIT)
     first = split * each
     last = tl.minimum(first + each, steps)
+    if FETCH:
+        fetch_ahead(rows_of_w, rn, first * BK, last * BK, steps * BK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc, other = sums(x, w, sw, up, up_sw, rx, rn, row_x, row_n, first, last, KP, NP,
                       BITS, GROUP, PACK, UP, BM, BN, BK, BULK)
     if SPLIT == 1:

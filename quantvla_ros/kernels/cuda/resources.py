@@ -22,11 +22,13 @@ from quantvla_ros.kernels.cuda import (
     interpreted,
     launch,
     launch_attention,
+    launch_overlapped,
+    overlapped,
     product,
     tokens,
 )
 from quantvla_ros.kernels.cuda.language import triton
-from quantvla_ros.kernels.cuda.tiles import Chip, Problem, Tile, choose
+from quantvla_ros.kernels.cuda.tiles import FEW, OVERLAPPED, Chip, Problem, Tile, choose
 
 CHIPS = {80: 108, 87: 16, 89: 128, 90: 132}  # capability -> multiprocessors of a usual card
 # product shapes of pi0.5: (bits, group, tokens, n, padded k, gated)
@@ -80,11 +82,13 @@ def product_case(bits: int, group: int, m: int, n: int, kp: int, gated: bool, ch
     floats = ('sx', 'sw', 'bias', 'up_sw', 'up_bias', 'gate')
     types = {'x': '*i8', 'w': '*i8', 'up': '*i8', **dict.fromkeys(floats, '*fp32'),
              'residual': '*bf16', 'out': '*bf16', 'partial': '*fp32' if group else '*i32',
-             'count': '*i32', **dict.fromkeys(('M', 'N', 'KP', 'NP', 'out_stride'), 'i32')}
+             'count': '*i32', 'rows_of_w': '*i8',
+             **dict.fromkeys(('M', 'N', 'KP', 'NP', 'out_stride'), 'i32')}
     constants = {'BITS': bits, 'GROUP': group, 'PACK': pack, 'UP': gated,
                  'ACT': 'gelu_tanh' if gated else 'none', 'BIAS': False, 'UP_BIAS': False,
                  'GATE': not gated, 'RESIDUAL': not gated, 'BM': t.bm, 'BN': t.bn, 'BK': t.bk,
-                 'SPLIT': t.split, 'BULK': bool(t.bulk), 'PDL': pdl}
+                 'SPLIT': t.split, 'BULK': bool(t.bulk), 'PDL': pdl,
+                 'FETCH': pdl and m <= FEW}
     if t.bulk:
         types |= {'x': f'tensordesc<i8[{t.bm}, {t.bk}]>',
                   **dict.fromkeys(('w', 'up'), f'tensordesc<i8[{t.bn}, {t.bk}]>')}
@@ -92,10 +96,13 @@ def product_case(bits: int, group: int, m: int, n: int, kp: int, gated: bool, ch
     return Case(name, product.product, types, constants, t.warps, t.stages)
 
 
+WIDEST = 4096  # columns of a token that is normed; what is wider stands inside an MLP
+
+
 def token_case(columns: int, top: int, rotate: bool, *, pdl: bool = False,
                parts: int = 0) -> Case:
     """Branch, modulated norm, and rotated or plain quantization, or floats."""
-    stored = 'i8' if top else 'bf16'
+    stored, normed = 'i8' if top else 'bf16', columns <= WIDEST
     types = {'x': '*bf16', 'branch': '*i32' if parts else '*bf16',
              'branch_bias': '*bf16', 'gate': '*fp32',
              'total': '*bf16', 'token_scale': '*fp32', 'row_scale': '*fp32',
@@ -106,11 +113,11 @@ def token_case(columns: int, top: int, rotate: bool, *, pdl: bool = False,
     constants = {'PARTS': parts, 'ROWS': bool(parts),
                  'BLOCKS': launch.blocks_of(columns), 'PAIR': False, 'ACT': 'none',
                  'BRANCH': bool(not top or parts), 'BRANCH_BIAS': False,
-                 'GATE': not top, 'NORM': 'rms',
-                 'MULTIPLY': True, 'ADD': True, 'TOP': top, 'DIAGONAL': rotate,
+                 'GATE': not top, 'NORM': 'rms' if normed else 'none',
+                 'MULTIPLY': normed, 'ADD': normed, 'TOP': top, 'DIAGONAL': rotate,
                  'ROTATE': rotate, 'STATIC': False, 'CAST': triton.language.bfloat16, 'PDL': pdl}
     name = f'tokens {columns} {"float" if not top else "int8"}{" rotated" if rotate else ""}'
-    return Case(name, tokens.tokens, types, constants, launch.warps_of(columns), 3, False)
+    return Case(name, tokens.tokens, types, constants, launch.warps_of(columns, 50), 3, False)
 
 
 def fused_case(bits: int, m: int, n: int, kp: int, follows: str, chip: Chip,
@@ -122,16 +129,35 @@ def fused_case(bits: int, m: int, n: int, kp: int, follows: str, chip: Chip,
     numbers = ('M', 'N', 'KP', 'NP', 'out_stride', 'k_stride', 'v_stride')
     types = {'x': '*i8', 'w': '*i8', 'out': '*i32' if raw else '*bf16', 'length': '*i32',
              **dict.fromkeys(('sx', 'sw', 'bias', 'cosine', 'sine'), '*fp32'),
-             'k_out': '*bf16', 'v_out': '*bf16', **dict.fromkeys(numbers, 'i32')}
+             'k_out': '*bf16', 'v_out': '*bf16', 'rows_of_w': '*i8',
+             **dict.fromkeys(numbers, 'i32')}
     if t.bulk:
         types |= {'x': f'tensordesc<i8[{t.bm}, {t.bk}]>', 'w': f'tensordesc<i8[{t.bn}, {t.bk}]>'}
     constants = {'BITS': bits, 'GROUP': 0, 'PACK': problem.pack, 'ACT': 'gelu_tanh',
                  'BIAS': False, 'BM': t.bm, 'BN': t.bn, 'BK': t.bk,
                  'SPLIT': t.split if raw else 1, 'BULK': bool(t.bulk), 'RAW': raw, 'TURN': turn,
                  'QUERIES': n - 4 * turn, 'VALUES': n - 2 * turn, 'LENGTH': bool(turn),
-                 'PDL': pdl}
+                 'PDL': pdl, 'FETCH': pdl and m <= FEW}
     name = f'{problem.kind} {m}x{n}x{kp} {t.bm}/{t.bn}/{t.bk} s{t.stages} w{t.warps} k{t.split}'
     return Case(name, fused.fused, types, constants, t.warps, t.stages)
+
+
+def overlapped_case(bits: int, m: int, n: int, kp: int, tile: Tile, *, pair: bool = False,
+                    pdl: bool = False) -> Case:
+    """The product whose steps overlap; sm_90 alone."""
+    mma, store = launch_overlapped.distributed(tile.bm, tile.bn, tile.warps, pair)
+    shared = [(rows, launch_overlapped.shared(rows, tile.bk)) for rows in (tile.bm, tile.bn)]
+    x, w = (f'tensordesc<i8[{rows}, {tile.bk}],{layout!r}>' for rows, layout in shared)
+    types = {'x': x, 'w': w, **dict.fromkeys(('sx', 'sw', 'bias', 'gate'), '*fp32'),
+             'residual': '*bf16', 'out': '*bf16',
+             **dict.fromkeys(('M', 'N', 'KP', 'out_stride'), 'i32')}
+    constants = {'BITS': bits, 'PACK': 256 if kp % 256 == 0 else 128, 'PAIR': pair,
+                 'ACT': 'gelu_tanh', 'BIAS': not pair, 'GATE': False, 'RESIDUAL': not pair,
+                 'BM': tile.bm, 'BN': tile.bn, 'BK': tile.bk, 'STAGES': tile.stages, 'PDL': pdl,
+                 'MMA': mma, 'STORE': store}
+    name = (f'w{bits}a8{"-pair" * pair} {m}x{n}x{kp} {tile.bm}/{tile.bn}/{tile.bk} '
+            f's{tile.stages} w{tile.warps} overlapped')
+    return Case(name, overlapped.overlapped, types, constants, tile.warps, tile.stages)
 
 
 def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip: Chip,
@@ -162,7 +188,7 @@ def join_case(heads: int, width: int, parts: int, top: int, rotate: bool) -> Cas
                  'STATIC': False,
                  'CAST': triton.language.bfloat16, 'PDL': False}
     return Case(f'join {heads}x{width} of {parts}', attention.join, types, constants,
-                2 * launch.warps_of(heads * width), 3, False)
+                min(16, 2 * launch.warps_of(heads * width, 50)), 3, False)
 
 
 def turn_case(heads: int, groups: int, width: int, norm: bool) -> Case:
@@ -190,6 +216,11 @@ def cases(chip: Chip) -> Iterator[Case]:
     """Every kernel at the shapes of the published policies."""
     for shape in PRODUCTS:
         yield product_case(*shape, chip)
+    if chip.hopper and overlapped.HERE:
+        for bits, stages in ((8, 6), (4, 3)):
+            tile = Tile(128, 128, 128, stages, 8, 1, OVERLAPPED)
+            yield overlapped_case(bits, 968, 2048, 16384, tile)
+            yield overlapped_case(bits, 968, 32768, 2048, tile, pair=True)
     for bits in (8, 4):
         yield fused_case(bits, 50, 8192, 1024, 'pair', chip)
         yield fused_case(bits, 50, 2560, 1024, 'turned', chip)
@@ -214,7 +245,6 @@ def cases(chip: Chip) -> Iterator[Case]:
 def compiled(case: Case, capability: int) -> Any:
     """Compile a case for a chip, as a launch with aligned pointers would."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     if interpreted.active():
         raise ValueError(f'unset {interpreted.VARIABLE}: interpreted kernels are not compiled')
@@ -226,10 +256,14 @@ def compiled(case: Case, capability: int) -> Any:
     attributes = {(i,): wide for i, name in enumerate(names)
                   if name in case.types and name not in loose
                   and case.types[name][0] in '*i'}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants,
-                       attrs=attributes)
-    options = {'num_warps': case.warps, 'num_stages': case.stages,
-               'enable_fp_fusion': case.fusion}
+    options = {'num_warps': case.warps, 'enable_fp_fusion': case.fusion}
+    if case.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        from triton.compiler import ASTSource as Source
+
+        options['num_stages'] = case.stages
+    source = Source(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 
 
@@ -260,6 +294,17 @@ def _machine_code(cubin: bytes) -> tuple[int, int, int]:
     if not found or not lines:
         raise RuntimeError(f'cuobjdump said: {done.stdout}')
     return int(found[1]), int(found[2]), len(lines)
+
+
+def waits(ptx: str) -> str:
+    """What ptxas says of products that it makes wait for one another; '' where none does."""
+    tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'ptxas'
+    with tempfile.NamedTemporaryFile('w', suffix='.ptx') as file:
+        file.write(ptx)
+        file.flush()
+        done = subprocess.run([str(tool), '-arch=sm_90a', '-v', file.name, '-o', '/dev/null'],
+                              capture_output=True, text=True, check=True)
+    return '\n'.join(line for line in done.stderr.splitlines() if 'serialized' in line)
 
 
 def chip(capability: int) -> Chip:

@@ -22,6 +22,8 @@ SHARED = {'sm_75': 64 << 10, 'sm_80': 163 << 10, 'sm_86': 99 << 10, 'sm_87': 163
           'sm_89': 99 << 10, 'sm_90': 227 << 10, 'sm_100': 227 << 10, 'sm_110': 227 << 10,
           'sm_120': 99 << 10}
 SMALLEST = 64 << 10  # for a chip that is not in the table
+OVERLAPPED = 2  # a tile's `bulk` that asks for overlapped.py
+FEW = 128  # tokens of a denoising step at most
 FAR = 3.0  # octaves of m, n and k together beyond which a stored tile says nothing
 
 
@@ -29,7 +31,7 @@ FAR = 3.0  # octaves of m, n and k together beyond which a stored tile says noth
 class Tile:
     """bm tokens, bn rows, bk bytes of a row of W in each step; stages, warps; splits of K.
 
-    bulk: whether the copy engine of Hopper and later fetches the tiles.
+    bulk: 1 where the copy engine of Hopper and later fetches the tiles, 2 where steps overlap too.
     """
 
     bm: int
@@ -152,7 +154,8 @@ def shared_bytes(tile: Tile, problem: Problem) -> int:
     """Shared memory that the pipeline of a tile takes: what its stages hold."""
     weights = tile.bn * tile.bk * (2 if problem.gated else 1)
     tokens = tile.bm * tile.bk * (2 if problem.bits == 4 else 1)
-    return tile.stages * (weights + tokens)
+    both = 4 * tile.bn * tile.bk if tile.bulk == OVERLAPPED and problem.bits == 4 else 0
+    return tile.stages * (weights + tokens) + both  # two steps of unpacked codes
 
 
 def widest(problem: Problem) -> int:
@@ -162,6 +165,12 @@ def widest(problem: Problem) -> int:
     return problem.group or (256 if problem.kp % 256 == 0 else 128)
 
 
+def overlaps(problem: Problem, chip: Chip) -> bool:
+    """Whether overlapped.py has a kernel for it."""
+    return (chip.hopper and problem.m > FEW and not problem.group
+            and problem.follows in ('', 'pair'))
+
+
 def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
     """Make a tile runnable: steps divide blocks and groups, stages fit into shared memory."""
     bk = min(tile.bk, widest(problem))
@@ -169,6 +178,8 @@ def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
     # rows are padded to 128, and their scales are read without a mask
     tile = replace(tile, bn=min(tile.bn, 128), bk=bk, split=max(1, min(tile.split, steps)),
                    bulk=tile.bulk if chip.bulk else 0)
+    if tile.bulk == OVERLAPPED and not overlaps(problem, chip):
+        tile = replace(tile, bulk=1)
     while shared_bytes(tile, problem) > chip.shared and tile.stages > 1:
         tile = replace(tile, stages=tile.stages - 1)
     return tile
@@ -176,31 +187,52 @@ def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
 
 def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """Tiles worth trying for a shape, for `--tune`: each costs a compilation."""
-    few = problem.m <= 128
+    few = problem.m <= FEW
     bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
-    shapes = [(bm, 64, 4), (bm, 128, 8)] if few else [
-        (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (256, 64, 4)]
+    # fewer than 64 rows are no task for Hopper's matrix units, but fill more of the chip
+    shapes = [(bm, 32, 4), (bm, 64, 4), (bm, 128, 8)] if few else [
+        (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8),
+        (256, 64, 4)]
+    # Triton waits for every integer product: where several programs share a processor, few stages
+    # leave room for them; where each has one of its own, many stages hide how far memory is
     wide = problem.bits == 8
-    # Triton waits for every integer product, so that of many tokens long steps, or several
-    # programs on a processor, which few stages leave room for, keep the matrix units busy
-    depths = [(128, 3), (128, 4), (256, 3) if wide else (64, 4)] if few else (
-        [(128, 2), (128, 3), (256, 2)] if wide else [(64, 3), (128, 2), (128, 3)])
-    found = []
+    depths = [(128, 3), (128, 4), (128, 6), (256, 3)] if wide else [
+        (64, 4), (64, 6), (128, 3), (128, 4)]
+    if not few:
+        depths = [(128, 2), (128, 3), (128, 4), (128, 6), (256, 2), (256, 3)] if wide else [
+            (64, 3), (64, 5), (64, 8), (128, 2), (128, 3), (128, 4)]
+    found = list(_overlapped(problem, chip))
     for (bm, bn, warps), (bk, stages), bulk in product(shapes, depths, (1, 0)):
         sums = bm * bn * (2 if problem.gated else 1) // (32 * warps)
-        if sums > 128 or bulk > chip.bulk or (
+        if sums > 128 or bulk > chip.bulk or (bn < 64 and problem.follows == 'turned') or (
                 chip.bulk and not few and not bulk and (bm, bn, stages) != (128, 128, 3)):
             continue
         programs = programs_of(Tile(bm, bn, bk, stages, warps, 1), problem)
-        for split in (1, 2, 4, 8, 16) if few else (1, 2):
+        for split in (1,) if bn < 64 else (1, 2, 4, 8, 16) if few else (1, 2, 3):
             # more than the chip holds at once only costs the sums, less leaves it idle
             filled = programs * split / chip.processors
             if (split > 1 and filled > 2.2) or (filled < 0.25 and few and split < 16):
                 continue
+            deep = bk * stages > (512 if few else 384) // (1 if wide or few else 2)
+            if (deep and filled > 1.6) or (not few and bm * bn <= 4096 and filled > 3.0):
+                continue
             tile = Tile(bm, bn, bk, stages, warps, split, bulk)
-            if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= 2:
+            if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= max(2, stages - 2):
                 found.append(tile)
     return found
+
+
+def _overlapped(problem: Problem, chip: Chip) -> Iterable[Tile]:
+    """Tiles of overlapped.py worth trying."""
+    for bm, bn, warps in ((128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 128, 8), (64, 64, 4)):
+        programs = programs_of(Tile(bm, bn, 64, 3, warps, 1), problem)
+        if not overlaps(problem, chip) or (bm * bn <= 4096 and programs > 4 * chip.processors):
+            continue
+        for bk in (128,) if problem.bits == 8 else (64, 128):
+            for stages in (3, 4, 6):
+                tile = Tile(bm, bn, bk, stages, warps, 1, OVERLAPPED)
+                if fit(tile, problem, chip) == tile and steps_of(tile, problem) > stages:
+                    yield tile
 
 
 def steps_of(tile: Tile, problem: Problem) -> int:
@@ -222,6 +254,7 @@ WAYS = {
     'pair': 'gate and up in one product, in eights of rows',
     'turn': 'positions and the cache in the epilogue of queries, keys and values',
     'raw': 'sums of split products added up by the next norm',
+    'fetch': 'weights of a denoising step asked for before the kernel ahead has ended',
 }
 _asked: set[str] = set()
 

@@ -17,19 +17,45 @@ from quantvla_ros.kernels.cuda.product import activate
 
 
 @jit
-def emit(
-    x, diagonal, hadamard, out, scale, static, row, K, KP,
-    BLOCKS: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
-    STATIC: tl.constexpr, CAST: tl.constexpr,
+def known(place, column, inside, other, THERE: tl.constexpr):
+    """Numbers of columns as floats, or one number where there are none."""
+    found = other
+    if THERE:
+        found = tl.load(place + column, mask=inside, other=0.0).to(tl.float32)
+    return found
+
+
+@jit
+def turning(
+    diagonal, hadamard, column, K, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
 ):
-    """Store a token x (BLOCKS, 64), zero behind K: floats where TOP is 0, else int8 and scale."""
+    """The diagonal of a token, like column, and the signs that rotate it, (64, 64)."""
+    own, signs = known(diagonal, column, column < K, 1.0, DIAGONAL), 1.0
+    if ROTATE:
+        signs = tl.load(hadamard + tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :])
+    return own, signs
+
+
+@jit
+def emit(
+    x, diagonal, signs, out, scale, static, row, K, KP,
+    BLOCKS: tl.constexpr, TOP: tl.constexpr, DIAGONAL: tl.constexpr, ROTATE: tl.constexpr,
+    STATIC: tl.constexpr, CAST: tl.constexpr, ACROSS: tl.constexpr = False,
+):
+    """Store a token x (BLOCKS, 64), zero behind K: floats where TOP is 0, else int8 and scale.
+
+    diagonal, signs: what `turning` loaded. ACROSS: rotate the token as the right operand. As the
+    left one every warp of a row would hold all of it, and what it was made from.
+    """
     block, lane = tl.arange(0, BLOCKS)[:, None], tl.arange(0, 64)[None, :]
     column = block * 64 + lane
     if DIAGONAL:
-        x = x * tl.load(diagonal + column, mask=column < K, other=0.0)
+        x = x * diagonal
     if ROTATE:
-        signs = tl.load(hadamard + tl.arange(0, 64)[:, None] * 64 + lane)
-        x = tl.dot(x.to(CAST), signs.to(CAST), input_precision='ieee') * 0.125
+        if ACROSS:
+            x = tl.dot(signs.to(CAST), x.to(CAST).T, input_precision='ieee').T * 0.125
+        else:
+            x = tl.dot(x.to(CAST), signs.to(CAST), input_precision='ieee') * 0.125
     if TOP == 0:
         tl.store(out + row * KP + column, x.to(out.dtype.element_ty), mask=column < K)
     else:
@@ -55,16 +81,16 @@ def emit(
 
 @jit
 def summed(
-    branch, token_scale, row_scale, row, M, K, column, inside,
+    branch, token_scale, rows, row, M, K, column, inside,
     PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """A token of a product whose splits left their sums (PARTS, M, K)."""
+    """A token of a product whose splits left their sums (PARTS, M, K). rows: scales, loaded."""
     b = tl.load(branch + row * K + column, mask=inside, other=0)
     for part in tl.static_range(1, PARTS):
         b += tl.load(branch + (part * M + row) * K + column, mask=inside, other=0)
     b = b.to(tl.float32) * tl.load(token_scale + row)
     if ROWS:
-        b = b * tl.load(row_scale + column, mask=inside, other=0.0)
+        b = b * rows
     return b
 
 
@@ -83,13 +109,21 @@ def tokens(
     PARTS   branch is (PARTS, M, K): raw sums, times the token's and, with ROWS, the row's scale
     total   where x + gate * (branch + branch_bias) is written, in place of x
     NORM    'none', 'rms' or 'layer'; then times multiply, plus add, both float32 (K,)
+
+    What belongs to the model is asked for before the kernel ahead has ended.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     column = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
     inside = column < K
+    rows = known(row_scale, column, inside, 1.0, ROWS)
+    bias = known(branch_bias, column, inside, 0.0, BRANCH_BIAS)
+    factor = known(gate, column, inside, 1.0, GATE)
+    gain = known(multiply, column, inside, 1.0, MULTIPLY)
+    offset = known(add, column, inside, 0.0, ADD)
+    own, signs = turning(diagonal, hadamard, column, K, DIAGONAL, ROTATE)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     y = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     y = activate(y, ACT)
     if PAIR:
@@ -97,13 +131,13 @@ def tokens(
         y = y * up.to(tl.float32)
     if BRANCH:
         if PARTS:
-            b = summed(branch, token_scale, row_scale, row, M, K, column, inside, PARTS, ROWS)
+            b = summed(branch, token_scale, rows, row, M, K, column, inside, PARTS, ROWS)
         else:
             b = tl.load(branch + row * K + column, mask=inside, other=0.0).to(tl.float32)
         if BRANCH_BIAS:
-            b += tl.load(branch_bias + column, mask=inside, other=0.0).to(tl.float32)
+            b += bias
         if GATE:
-            b = b * tl.load(gate + column, mask=inside, other=0.0).to(tl.float32)
+            b = b * factor
         y = (y + b).to(total.dtype.element_ty)
         tl.store(total + row * K + column, y, mask=inside)
         y = y.to(tl.float32)
@@ -114,10 +148,10 @@ def tokens(
         square = tl.sum(tl.sum(y * y, 1), 0) / K
         y = y * tl.div_rn(1.0, tl.sqrt_rn(square + eps))
     if MULTIPLY:
-        y = y * tl.load(multiply + column, mask=inside, other=0.0)
+        y = y * gain
     if ADD:
-        y = y + tl.load(add + column, mask=inside, other=0.0)
-    emit(y, diagonal, hadamard, out, scale, static, row, K, KP,
+        y = y + offset
+    emit(y, own, signs, out, scale, static, row, K, KP,
          BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)
 
 

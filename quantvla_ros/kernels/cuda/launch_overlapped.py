@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product of overlapped.py as a function of torch tensors; launch.py chooses it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from quantvla_ros.kernels.cuda import overlapped as kernels
+from quantvla_ros.kernels.cuda.launch import (
+    Epilogue,
+    Tokens,
+    launched,
+    nothing,
+    started,
+)
+from quantvla_ros.kernels.cuda.pack import DeviceWeight
+from quantvla_ros.kernels.cuda.tiles import OVERLAPPED, Tile
+
+
+def can(tile: Tile) -> bool:
+    """Whether a tile asks for this kernel, and this Triton has what it is written in."""
+    return tile.bulk == OVERLAPPED and kernels.HERE
+
+
+@lru_cache(maxsize=64)
+def shared(rows: int, columns: int) -> Any:
+    """How a tile of bytes lies in shared memory."""
+    return kernels.gl.NVMMASharedLayout.get_default_for([rows, columns], kernels.gl.int8)
+
+
+@lru_cache(maxsize=64)
+def distributed(bm: int, bn: int, warps: int, pair: bool) -> tuple[Any, Any]:
+    """How threads hold a tile of sums, and how they store it: 16 bytes each, along rows of W."""
+    gl, rows = kernels.gl, bn // 2 if pair else bn
+    along = min(32, rows // 8)
+    return (gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, bm, 32]),
+            gl.BlockedLayout([8, 1], [along, 32 // along], [1, warps], [0, 1]))
+
+
+def run_overlapped(
+    tokens: Tokens, weight: DeviceWeight, out: Tensor, epilogue: Epilogue, tile: Tile,
+    *, pair: bool = False, pdl: bool = False, ahead: bool = False,
+) -> None:
+    """out (M, N) = epilogue(tokens W^T); pair: act(gate) * up of a weight of 2 N rows."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    e, none, t = epilogue, nothing(out.device), tile
+    rows, n = tokens.data.shape[0], weight.shape[0]
+    x, w = (TensorDescriptor(data, list(data.shape), list(data.stride()), [block, t.bk],
+                             shared(block, t.bk))
+            for data, block in ((tokens.data, t.bm), (weight.data, t.bn)))
+    mma, store = distributed(t.bm, t.bn, t.warps, pair)
+    started(kernels.overlapped, (-(-rows // t.bm) * -(-n // t.bn),), ahead)(
+        x, tokens.scale, w, weight.scales, e.bias if e.bias is not None else none,
+        e.gate if e.gate is not None else none,
+        e.residual if e.residual is not None else none, out, rows, n, weight.padded[1],
+        out.stride(0), BITS=weight.bits, PACK=weight.pack, PAIR=pair, ACT=e.act,
+        BIAS=e.bias is not None, GATE=e.gate is not None, RESIDUAL=e.residual is not None,
+        BM=t.bm, BN=t.bn, BK=t.bk, STAGES=t.stages, PDL=pdl, MMA=mma, STORE=store,
+        num_warps=t.warps, **launched(pdl),
+    )
