@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantvla_ros.bench import gpu_gemm, gpu_tiny
+from quantvla_ros.bench import gpu_gemm, gpu_tiny, gpu_tune
 from quantvla_ros.bench.gpu_time import Bench, relative
 from quantvla_ros.kernels import reference
-from quantvla_ros.kernels.cuda import launch
+from quantvla_ros.kernels.cuda import launch, tiles
 from quantvla_ros.kernels.cuda.launch import Take, Tokens
 from quantvla_ros.kernels.cuda.launch_attention import (
     Keys,
@@ -34,6 +34,7 @@ from quantvla_ros.kernels.cuda.tiles import Tile
 from quantvla_ros.policies.loading import HeldLayer
 from quantvla_ros.quant.linear import QuantLinear, replace_linears
 
+BULKS = ('', 'bulk', 'overlapped')
 FAMILIES = ('pi05', 'pi0', 'groot_n15')
 
 
@@ -42,7 +43,7 @@ def checks(bench: Bench) -> dict[str, float]:
     torch.manual_seed(int.from_bytes(os.urandom(4), 'little'))  # fresh inputs each time
     errors: dict[str, float] = {}
     wrong = []
-    for part in (_products, _tokens, _attention, _networks):
+    for part in (_products, _followed, _tokens, _attention, _networks):
         for name, (error, bound) in part(bench).items():
             print(f'  {name:<44} {error:.1e}  (bound {bound:.0e})', flush=True)
             errors[name] = error
@@ -68,6 +69,28 @@ def _products(bench: Bench) -> dict[str, tuple[float, float]]:
                 error = gpu_gemm.check(tokens, weight, bench, Tile(16, 64, 64, 2, 4, split, bulk))
                 name = f'product {kind} {m}x{n}x{k} split {split}' + (' bulk' if bulk else '')
                 found[name] = error, bound
+    return found
+
+
+def _followed(bench: Bench) -> dict[str, tuple[float, float]]:
+    """Products of fused.py and overlapped.py, each at the first tile of every kind it can take."""
+    found = {}
+    shapes = ((5, 96, 256, 'pair'),) if bench.dry else (
+        (50, 256, 1536, 'pair'), (50, 256, 1536, 'raw'), (50, 768, 512, 'turned'),
+        (200, 256, 1536, ''), (200, 512, 1536, 'pair'))
+    for kind in ('w8a8', 'w4a8'):
+        for m, n, k, follows in shapes:
+            shape = gpu_tune.Shape(m, n, k, kind, follows)
+            products = gpu_tune.Products(shape, bench, 1)
+            wanted = products.wanted()
+            first: dict[int, Tile] = {}
+            for tile in tiles.candidates(products.problem, launch.chip_of(bench.device)):
+                if tile.split == 1 or follows == 'raw':
+                    first.setdefault(tile.bulk, tile)
+            for bulk, tile in first.items():
+                call = gpu_tune.Call(shape, tile, bench.dtype, bench.device)
+                name = f'{follows or "product"} {kind} {m}x{n}x{k} {BULKS[bulk]}'
+                found[name] = products.error(call, wanted), 1e-6 if bench.dry else gpu_gemm.BOUND
     return found
 
 

@@ -28,7 +28,7 @@ from quantvla_ros.policies.cuda_engine import Graphs, make_plan
 from quantvla_ros.policies.full_size import full_size
 
 FLOAT = Precision('float')
-NOWHERE, LOOP = Early(), Early(loop=True)
+NOWHERE, LOOP, BOTH = Early(), Early(loop=True), Early(prefix=True, loop=True)
 PRECISIONS = (FLOAT, Precision('w8a8'), Precision('w4a8'), Precision('w4a8', rotate=True),
               Precision('w8a8', rotate=True), Precision('w4a8g128'), Precision('w4a4'))
 CAMERAS = {'pi05': 3, 'pi0': 3, 'groot_n15': 2}
@@ -181,12 +181,14 @@ def chunks(bench: Bench) -> dict[str, Any]:
     for setting in settings:
         rows: dict[str, Any] = {}
         whole = setting in first and not (bench.quick or bench.dry)
-        for precision in PRECISIONS if whole or bench.thorough else PRECISIONS[:4]:
+        rest = not whole and setting not in first  # the further ones show actions and steps
+        for precision in PRECISIONS if whole else PRECISIONS[:3] if rest else PRECISIONS[:4]:
             if bench.deadline.left_s() < 30:
                 print(f'  {setting.name} {precision.name}: not measured, the time is up')
                 continue
             known = tiles.early(precision.kind, chip)
-            also = {NOWHERE, LOOP} - {known} if whole and chip.hopper else set()
+            tried_too = whole and chip.hopper and precision in PRECISIONS[:3]
+            also = {NOWHERE, LOOP, BOTH} - {known} if tried_too else set()
             for early in (known, *also):
                 value, why = tried(partial(measure, setting, precision, bench, early))
                 free()
@@ -298,7 +300,7 @@ def main(argument: str) -> int:
     if asked['warm']:  # only for what it leaves in the cache
         del graphs
         free()
-        for other in {NOWHERE, LOOP} - {early} if chip.hopper else ():
+        for other in {NOWHERE, LOOP, BOTH} - {early} if chip.hopper else ():
             build(setting, precision, bench, other)
             free()
         return 0

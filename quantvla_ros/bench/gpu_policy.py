@@ -19,6 +19,7 @@ from quantvla_ros.bench.gpu_source import Precision, RandomSource
 from quantvla_ros.bench.gpu_time import Bench, Deadline
 from quantvla_ros.bench.ros_policy import ConstantTime
 from quantvla_ros.contract import Contract
+from quantvla_ros.kernels.cuda import interpreted
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.cuda_engine import Graphs, make_plan
@@ -35,6 +36,8 @@ class RandomPi05(ConstantTime):
         super().__init__(contract, PolicySettings(model=f'sleep 0 {log}'))
         tiny = kind.startswith('tiny-')
         device = torch.device(settings.device)
+        if interpreted.active():
+            interpreted.enter()
         self._bench = Bench(device, tiny, True, Deadline(600))
         model = network(Setting('pi05', contract.action.horizon, 10), self._bench)
         source = RandomSource('pi05', Precision(kind.removeprefix('tiny-')), device,

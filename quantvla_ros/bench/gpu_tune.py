@@ -147,9 +147,9 @@ class Call:
 
 
 class Products:
-    """The products of one shape: operands that rotate, and exact sums to compare with."""
+    """The products of one shape: count operands that rotate, and exact sums to compare with."""
 
-    def __init__(self, shape: Shape, bench: Bench) -> None:
+    def __init__(self, shape: Shape, bench: Bench, count: int = 0) -> None:
         self.shape, self.bench = shape, bench
 
         def weight() -> DeviceWeight:
@@ -158,7 +158,7 @@ class Products:
         first = weight()
         kp = padded_columns(shape.bits, shape.k, shape.group)
         self.tokens = gpu_gemm.random_tokens(shape.m, shape.k, kp, bench)
-        count = copies(first.nbytes * (2 if shape.gated else 1), bench)
+        count = count or copies(first.nbytes * (2 if shape.gated else 1), bench)
         self.pairs = [(w, weight() if shape.gated else None)
                       for w in [first, *(weight() for _ in range(count - 1))]]
 
@@ -181,12 +181,16 @@ class Products:
         return (torch.nn.functional.gelu(y, approximate='tanh')
                 * gpu_gemm.exact(self.tokens, second))
 
+    def error(self, call: Call, wanted: Tensor) -> float:
+        """How far a call is from what it should give, on an output that was poisoned."""
+        call.out.fill_(torch.nan if call.out.is_floating_point() else -(1 << 30))
+        call.run(self.tokens, *self.pairs[0])
+        return relative(call.seen(self.tokens, self.pairs[0][0]), wanted)
+
     def time(self, tile: tiles.Tile, wanted: Tensor) -> float:
         """Microseconds of a tile. Raises RuntimeError where its result is wrong."""
         call = Call(self.shape, tile, self.bench.dtype, self.bench.device)
-        call.out.fill_(torch.nan if call.out.is_floating_point() else -(1 << 30))
-        call.run(self.tokens, *self.pairs[0])
-        error = relative(call.seen(self.tokens, self.pairs[0][0]), wanted)
+        error = self.error(call, wanted)
         if error > gpu_gemm.BOUND:
             raise RuntimeError(f'{self.shape} {tile}: off by {error:.1e}')
         runs: list[Run] = [partial(call.run, self.tokens, *pair) for pair in self.pairs]

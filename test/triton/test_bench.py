@@ -90,6 +90,16 @@ def test_unknown_section_is_named(tmp_path):
         gpu.run(arguments(tmp_path, '--only', 'speed'))
 
 
+def test_family_narrows_what_is_run(tmp_path, device):
+    bench = gpu.make_bench(arguments(tmp_path, '--family', 'groot_n15'))
+    assert {s.family for s in gpu_chunk.settings_of(bench)} == {'groot_n15'}
+    assert [s.steps for s in gpu_chunk.first_of_each(bench)] == [4]
+    assert [s.family for s in gpu_chunk.first_of_each(gpu.make_bench(arguments(tmp_path)))] == [
+        'pi05', 'groot_n15']
+    with pytest.raises(ValueError, match='--family names pi9; known are pi05, groot_n15'):
+        gpu.make_bench(arguments(tmp_path, '--family', 'pi9'))
+
+
 def test_estimate_counts_what_a_chunk_multiplies():
     found = gpu_estimate.products('pi05', 50, 10)
     operations = sum(2.0 * p.tokens * p.weights * p.times for p in found)

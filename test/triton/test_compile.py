@@ -52,23 +52,23 @@ def test_four_nibbles_are_unpacked_at_once():
 
 
 @pytest.mark.parametrize('bits', [8, 4])
-@pytest.mark.parametrize('pair', [False, True])
-def test_overlapped_products_wait_for_nothing(bits, pair):
+@pytest.mark.parametrize('follows', ['', 'pair'])
+def test_overlapped_products_wait_for_nothing(bits, follows):
     tile = Tile(128, 64, 64, 4, 4, 1, tiles.OVERLAPPED)
     kernel = resources.compiled(
-        resources.overlapped_case(bits, 560, 2048, 6144, tile, pair=pair, pdl=True), 90)
+        resources.overlapped_case(bits, 560, 2048, 6144, tile, follows=follows, pdl=True), 90)
     ptx = kernel.asm['ptx']
     assert resources.waits(ptx) == ''
-    # in the loop a step is begun before the one ahead has ended; behind it all have
-    assert re.findall(r'wgmma.wait_group.sync.aligned (\d+)', ptx) == [str(8 // bits), '0']
+    # with 8 bits a step is begun before the one ahead has ended, with 4 both halves together
+    waits = re.findall(r'wgmma.wait_group.sync.aligned (\d+)', ptx)
+    assert waits == [{8: '1', 4: '0'}[bits], '0']
 
 
-def test_overlapped_is_for_many_tokens_on_hopper():
+def test_overlapped_is_for_hopper():
     tile = Tile(128, 64, 128, 4, 4, 1, tiles.OVERLAPPED)
-    many, few = Problem(8, 560, 2048, 2048), Problem(8, 50, 2048, 2048)
+    many = Problem(8, 560, 2048, 2048)
     assert tiles.fit(tile, many, HOPPER) == tile
-    for problem, chip in ((few, HOPPER), (many, ORIN),
-                          (Problem(8, 560, 2048, 2048, 128, 128), HOPPER),
+    for problem, chip in ((many, ORIN), (Problem(8, 560, 2048, 2048, 128, 128), HOPPER),
                           (Problem(8, 560, 2048, 2048, follows='turned'), HOPPER)):
         assert tiles.fit(tile, problem, chip).bulk < tiles.OVERLAPPED
 
@@ -124,8 +124,11 @@ def test_stored_tiles_are_well_formed():
     for name, entry in tiles.stored().items():
         assert name.startswith('sm_') and entry['source']
         for row in entry['tiles']:
-            bits = int(row['kind'][1])
-            problem = Problem(bits, row['m'], row['n'], row['k'], 0, 256)
+            bits, group, follows = re.fullmatch(
+                r'w(\d)a8(?:g(\d+))?-?(\w*)', row['kind']).groups()
+            bits, group = int(bits), int(group or 0)
+            pack = 2 * group if group else 256 if row['k'] % 256 == 0 else 128
+            problem = Problem(bits, row['m'], row['n'], row['k'], group, pack, follows)
             tile = Tile(*row['tile'])
             assert tiles.fit(tile, problem, Chip(name, 132)) == tile
 

@@ -5,14 +5,25 @@ Nothing runs: this finds the argument that a kernel does not take, the option th
 not know, the type that a constant cannot have. What is computed, the interpreted tests show.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
 from quantvla_ros.bench.gpu_chunk import Setting, fill, network
 from quantvla_ros.bench.gpu_source import Precision, RandomSource
 from quantvla_ros.bench.gpu_time import Bench, Deadline
-from quantvla_ros.kernels.cuda import ahead, launch, resources, tiles
-from quantvla_ros.kernels.cuda.tiles import Early
+from quantvla_ros.kernels.cuda import (
+    ahead,
+    launch,
+    launch_fused,
+    launch_overlapped,
+    overlapped,
+    resources,
+    tiles,
+)
+from quantvla_ros.kernels.cuda.launch import Epilogue, Tokens, Workspace
+from quantvla_ros.kernels.cuda.tiles import Early, Tile
 from quantvla_ros.policies import cuda_parts
 from quantvla_ros.policies.cuda_engine import make_plan
 
@@ -59,3 +70,21 @@ def test_every_launch_of_a_network_binds_and_compiles(
     assert wanted <= set(launches)
     assert ('product' in launches) == (precision.scheme != 'float')
     assert ('fused' in launches) == bool(ways)
+
+
+@pytest.mark.parametrize('here', [True, False])
+@pytest.mark.parametrize('bits', [8, 4])
+def test_a_tile_decides_whether_steps_overlap(bits, here, launches, monkeypatch):
+    monkeypatch.setattr(overlapped, 'HERE', here)  # as with another Triton
+    tile, cpu = Tile(64, 64, 64, 4, 4, 2, tiles.OVERLAPPED), torch.device('cpu')
+    weight = ahead.hollow_weight(bits, 0, 256, 1024)
+    tokens = Tokens(torch.empty(50, 1024, dtype=torch.int8), torch.empty(50))
+    out = torch.empty(50, 256, dtype=torch.bfloat16)
+    launch.run_product(tokens, weight, out, Workspace(cpu),
+                       Epilogue(bias=torch.empty(256), act='gelu_tanh', residual=out),
+                       tile=dataclasses.replace(tile, split=1), pdl=True)
+    launch_fused.run_pair(tokens, weight, out[:, :128], 'silu', tile=tile)
+    launch_fused.run_raw(tokens, weight, torch.empty(2, 50, 256, dtype=torch.int32), tile)
+    assert launches == (['overlapped'] * 3 if here else ['product', 'fused', 'fused'])
+    assert launch_overlapped.can(tile) == here
+    assert not launch_overlapped.can(dataclasses.replace(tile, bulk=1))

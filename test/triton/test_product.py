@@ -8,7 +8,7 @@ from cases import error, poisoned, random_weight
 from quantvla_ros.kernels import reference, weights
 from quantvla_ros.kernels.cuda import pack, product
 from quantvla_ros.kernels.cuda.launch import Epilogue, Tokens, run_product
-from quantvla_ros.kernels.cuda.tiles import Tile
+from quantvla_ros.kernels.cuda.tiles import OVERLAPPED, Tile
 
 FORMS = [(8, 0), (8, 128), (4, 0), (4, 128), (4, 32), (2, 0)]
 
@@ -42,6 +42,19 @@ def test_product_equals_exact_sums(bits, group, split, bulk, device, workspace):
     run_product(on(device, q, scale, moved), moved, out, workspace, tile=tile)
     # without groups the sums are exact and only two scales are rounded
     assert error(out, wanted(q, scale, weight)) < (1e-6 if group else 3e-7)
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+def test_a_tile_of_overlapped_steps_gives_the_same_where_they_cannot_overlap(
+    bits, device, workspace
+):
+    weight = random_weight(bits, 70, 384)
+    moved = pack.to_device(weight, device)
+    q, scale = quantized(5, 384, device)
+    out = poisoned(5, 70, device=device)
+    run_product(on(device, q, scale, moved), moved, out, workspace,
+                tile=Tile(16, 64, 64, 3, 4, 1, OVERLAPPED))
+    assert error(out, wanted(q, scale, weight)) < 3e-7
 
 
 @pytest.mark.parametrize('columns', [72, 200, 1152])

@@ -77,9 +77,9 @@ def _run(
     t = tile or choose(problem_of(weight, rows, follows), chip_of(out.device))
     if follows != 'raw':
         t = replace(t, split=1)
-    if follows == 'pair' and launch_overlapped.can(t):
-        launch_overlapped.run_overlapped(tokens, weight, out, Epilogue(bias, act), t, pair=True,
-                                         pdl=pdl, ahead=ahead)
+    if follows != 'turned' and launch_overlapped.can(t):
+        launch_overlapped.run_overlapped(tokens, weight, out, Epilogue(bias, act), t,
+                                         follows=follows, pdl=pdl, ahead=ahead)
         return
     x, w = tokens.data, weight.data
     if t.bulk:

@@ -42,9 +42,9 @@ def distributed(bm: int, bn: int, warps: int, pair: bool) -> tuple[Any, Any]:
 
 def run_overlapped(
     tokens: Tokens, weight: DeviceWeight, out: Tensor, epilogue: Epilogue, tile: Tile,
-    *, pair: bool = False, pdl: bool = False, ahead: bool = False,
+    *, follows: str = '', pdl: bool = False, ahead: bool = False,
 ) -> None:
-    """out (M, N) = epilogue(tokens W^T); pair: act(gate) * up of a weight of 2 N rows."""
+    """out (M, N) = epilogue(tokens W^T). follows: '', 'pair' or 'raw', as in launch_fused."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     e, none, t = epilogue, nothing(out.device), tile
@@ -52,13 +52,15 @@ def run_overlapped(
     x, w = (TensorDescriptor(data, list(data.shape), list(data.stride()), [block, t.bk],
                              shared(block, t.bk))
             for data, block in ((tokens.data, t.bm), (weight.data, t.bn)))
+    pair, grid = follows == 'pair', (-(-rows // t.bm) * -(-n // t.bn), t.split)
     mma, store = distributed(t.bm, t.bn, t.warps, pair)
-    started(kernels.overlapped, (-(-rows // t.bm) * -(-n // t.bn),), ahead)(
+    started(kernels.overlapped, grid, ahead)(
         x, tokens.scale, w, weight.scales, e.bias if e.bias is not None else none,
         e.gate if e.gate is not None else none,
         e.residual if e.residual is not None else none, out, rows, n, weight.padded[1],
-        out.stride(0), BITS=weight.bits, PACK=weight.pack, PAIR=pair, ACT=e.act,
+        out.stride(-2), BITS=weight.bits, PACK=weight.pack, PAIR=pair,
+        RAW=follows == 'raw', ACT=e.act,
         BIAS=e.bias is not None, GATE=e.gate is not None, RESIDUAL=e.residual is not None,
-        BM=t.bm, BN=t.bn, BK=t.bk, STAGES=t.stages, PDL=pdl, MMA=mma, STORE=store,
+        BM=t.bm, BN=t.bn, BK=t.bk, STAGES=t.stages, SPLIT=t.split, PDL=pdl, MMA=mma, STORE=store,
         num_warps=t.warps, **launched(pdl),
     )

@@ -154,8 +154,7 @@ def shared_bytes(tile: Tile, problem: Problem) -> int:
     """Shared memory that the pipeline of a tile takes: what its stages hold."""
     weights = tile.bn * tile.bk * (2 if problem.gated else 1)
     tokens = tile.bm * tile.bk * (2 if problem.bits == 4 else 1)
-    both = 4 * tile.bn * tile.bk if tile.bulk == OVERLAPPED and problem.bits == 4 else 0
-    return tile.stages * (weights + tokens) + both  # two steps of unpacked codes
+    return tile.stages * (weights + tokens)
 
 
 def widest(problem: Problem) -> int:
@@ -167,8 +166,7 @@ def widest(problem: Problem) -> int:
 
 def overlaps(problem: Problem, chip: Chip) -> bool:
     """Whether overlapped.py has a kernel for it."""
-    return (chip.hopper and problem.m > FEW and not problem.group
-            and problem.follows in ('', 'pair'))
+    return chip.hopper and not problem.group and problem.follows in ('', 'pair', 'raw')
 
 
 def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
@@ -178,7 +176,8 @@ def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
     # rows are padded to 128, and their scales are read without a mask
     tile = replace(tile, bn=min(tile.bn, 128), bk=bk, split=max(1, min(tile.split, steps)),
                    bulk=tile.bulk if chip.bulk else 0)
-    if tile.bulk == OVERLAPPED and not overlaps(problem, chip):
+    if tile.bulk == OVERLAPPED and (
+            not overlaps(problem, chip) or (tile.split > 1 and problem.follows != 'raw')):
         tile = replace(tile, bulk=1)
     while shared_bytes(tile, problem) > chip.shared and tile.stages > 1:
         tile = replace(tile, stages=tile.stages - 1)
@@ -224,15 +223,22 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
 
 def _overlapped(problem: Problem, chip: Chip) -> Iterable[Tile]:
     """Tiles of overlapped.py worth trying."""
-    for bm, bn, warps in ((128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 128, 8), (64, 64, 4)):
-        programs = programs_of(Tile(bm, bn, 64, 3, warps, 1), problem)
-        if not overlaps(problem, chip) or (bm * bn <= 4096 and programs > 4 * chip.processors):
+    if not overlaps(problem, chip):
+        return
+    few, wide = problem.m <= FEW, problem.bits == 8
+    bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
+    shapes = [(bm, 64, 4), (bm, 128, 8)] if few else [
+        (128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 128, 8), (64, 64, 4)]
+    splits = (2, 4, 8) if problem.follows == 'raw' else (1,)
+    for (bm, bn, warps), bk, split in product(shapes, (128,) if wide else (64, 128), splits):
+        filled = programs_of(Tile(bm, bn, bk, 3, warps, 1), problem) * split / chip.processors
+        if filled > (2.2 if few and split > 1 else 4.0) and bm * bn <= 4096 or (
+                few and filled < 0.25 and split < 8):
             continue
-        for bk in (128,) if problem.bits == 8 else (64, 128):
-            for stages in (3, 4, 6):
-                tile = Tile(bm, bn, bk, stages, warps, 1, OVERLAPPED)
-                if fit(tile, problem, chip) == tile and steps_of(tile, problem) > stages:
-                    yield tile
+        for stages in (3, 4, 6, 8) if few else (3, 4, 6):
+            tile = Tile(bm, bn, bk, stages, warps, split, OVERLAPPED)
+            if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= stages - 1:
+                yield tile
 
 
 def steps_of(tile: Tile, problem: Problem) -> int:
