@@ -6,9 +6,11 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from quantvla_ros.bench import gpu_chunk
+from quantvla_ros.bench.gpu_chunk import Setting
 from quantvla_ros.bench.gpu_time import Bench
 
-START_S = 60.0  # from a process to a captured network, kernels compiled before
+START_S = 25.0  # from a process to a captured network, kernels compiled before
 SECONDS = 20.0
 PRECISIONS = ('w8a8', 'float', 'w4a8')
 
@@ -21,6 +23,8 @@ def serve(bench: Bench) -> dict[str, Any]:
     if importlib.util.find_spec('rclpy') is None:
         print('  not run: rclpy is not installed here')
         return {'missing': 'rclpy is not installed'}
+    # what the node is about to serve: the bench's contract asks for 16 actions
+    gpu_chunk.warm_caches((Setting('pi05', 16, 10),), bench)
     found: dict[str, Any] = {}
     for precision in PRECISIONS[:1] if bench.quick else PRECISIONS:
         if bench.deadline.left_s() < START_S + SECONDS + 10.0:
