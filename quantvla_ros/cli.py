@@ -12,7 +12,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-INTERRUPTED = 130  # exit status of what Ctrl-C ended, as shells have it
+from quantvla_ros.exit_status import INTERRUPTED
 
 # subcommand -> (module, one line of help); `bench x` commands are spelled 'bench x'
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -111,8 +111,8 @@ def _spread(frames: tuple[Observation, ...], count: int) -> tuple[Observation, .
 def run(args: argparse.Namespace) -> int:
     """Print cost and what is noticed."""
     model = share_path('models/libero_panda')
-    settings = PolicySettings(precision=str(nearest_artifact(model, args.precision)),
-                              threads=args.threads)
+    settings = PolicySettings(model=str(model), threads=args.threads,
+                              precision=str(nearest_artifact(model, args.precision)))
     policy: Any = make_policy('libero_panda', load_contract('libero_panda'), settings)
     first, second = read_frames(args.frames).halves()
     if not first or not second:

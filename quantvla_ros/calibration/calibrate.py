@@ -33,6 +33,7 @@ from quantvla_ros.calibration.report import Report, make_report
 from quantvla_ros.calibration.run import CalibrationRun, Outcome, Progress, with_provenance
 from quantvla_ros.calibration.settings import LEARNED, CalibrationSettings
 from quantvla_ros.contract import load_contract
+from quantvla_ros.exit_status import INTERRUPTED
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.policies.libero_checkpoint import read_settings
 from quantvla_ros.policies.libero_quantized import find_artifact
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         _work(args)
     except KeyboardInterrupt:
         print('cancelled; nothing was written', file=sys.stderr, flush=True)
-        return 130
+        return INTERRUPTED
     except (ValueError, FileNotFoundError) as error:
         if not args.json:
             raise
@@ -110,7 +111,7 @@ def _end_with_parent() -> None:
     """End when the pipe to whoever started us is closed: nobody waits for the result any more."""
     while os.read(0, 1024):
         pass
-    os._exit(130)
+    os._exit(INTERRUPTED)
 
 
 def _say(document: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from quantvla_ros.calibration.frames_file import Frames, read_frames
 from quantvla_ros.contract import load_contract
+from quantvla_ros.exit_status import INTERRUPTED
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings, policy_class
 from quantvla_ros.policies.checkpoints import hash_of
@@ -209,6 +210,6 @@ def run(job: FamilyJob) -> int:
         made = quantize_family(job)
     except KeyboardInterrupt:
         print(f'\ninterrupted; {job.out} is as it was', file=sys.stderr)
-        return 130
+        return INTERRUPTED
     print(report(job, made, began))
     return 0

@@ -23,6 +23,7 @@ from quantvla_ros.calibration.frames_file import Frames, read_frames
 from quantvla_ros.calibration.pipeline import quantize_policy, time_layers
 from quantvla_ros.calibration.policy_runs import action_error, chunks
 from quantvla_ros.contract import load_contract
+from quantvla_ros.exit_status import INTERRUPTED
 from quantvla_ros.kernels import dispatch
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
         return _work(args, recipe, precision, model, frames, folder)
     except KeyboardInterrupt:
         print(f'\ninterrupted; {folder} is as it was', file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _work(

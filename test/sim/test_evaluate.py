@@ -9,7 +9,7 @@ import pytest
 
 from quantvla_ros import cli
 from quantvla_ros.quant import calibrated
-from quantvla_ros.sim import evaluate, players
+from quantvla_ros.sim import episode_log, evaluate, players
 from quantvla_ros.sim.episodes import Episode, Outcome, Settings, Variant
 from quantvla_ros.sim.robosuite_world import RobosuiteWorld
 from quantvla_ros.sim.world import CLOSE, make_world
@@ -61,23 +61,23 @@ def test_another_evaluation_is_paired_with_this_one(tmp_path, capsys):
 def test_another_setting_never_meets_an_old_outcome():
     episode = Episode(Variant(), 'libero_object', 2, 0, 8)
     settings = Settings(policy='hold')
-    key = evaluate.Keys(settings)[episode]
-    assert evaluate.Keys(settings)[episode] == key
+    key = episode_log.Keys(settings)[episode]
+    assert episode_log.Keys(settings)[episode] == key
     for other in (Settings(policy='hold', seed=1), Settings(policy='hold', execute=4),
                   Settings(policy='hold', noise_rad=0.01), Settings(policy='hold', slip=True),
                   Settings(policy='hold', lighting='night')):
-        assert evaluate.Keys(other)[episode] != key
-    assert evaluate.Keys(settings)[Episode(Variant(steps=2), 'libero_object', 2, 0, 8)] != key
-    assert evaluate.Keys(settings)[Episode(Variant(), 'libero_object', 2, 0, 9)] != key
+        assert episode_log.Keys(other)[episode] != key
+    assert episode_log.Keys(settings)[Episode(Variant(steps=2), 'libero_object', 2, 0, 8)] != key
+    assert episode_log.Keys(settings)[Episode(Variant(), 'libero_object', 2, 0, 9)] != key
 
 
 def test_an_artifact_elsewhere_decides_the_key_too(tmp_path):
     artifact = tmp_path / 'w8a8'
     artifact.mkdir()
     (artifact / 'artifact.json').write_text('1')
-    before = evaluate.model_hash(Settings(), Variant(str(artifact)))
+    before = episode_log.model_hash(Settings(), Variant(str(artifact)))
     (artifact / 'artifact.json').write_text('2')
-    assert evaluate.model_hash(Settings(), Variant(str(artifact))) != before
+    assert episode_log.model_hash(Settings(), Variant(str(artifact))) != before
 
 
 def test_calibrations_are_compared_and_change_no_key_of_what_has_none(tmp_path):
@@ -87,17 +87,17 @@ def test_calibrations_are_compared_and_change_no_key_of_what_has_none(tmp_path):
     settings = Settings(policy='hold')
     plain, with_one = (Episode(Variant('w4a8', calibration=c), 'libero_object', 2, 0, 8)
                        for c in ('', 'monday'))
-    assert evaluate.Keys(settings)[plain] != evaluate.Keys(settings)[with_one]
+    assert episode_log.Keys(settings)[plain] != episode_log.Keys(settings)[with_one]
     artifact = tmp_path / calibrated.FOLDER / 'w8a8'  # a name above the model hides nothing
     made = artifact / calibrated.FOLDER / 'monday'
     made.mkdir(parents=True)
-    bare = evaluate.model_hash(Settings(), Variant(str(artifact)))
+    bare = episode_log.model_hash(Settings(), Variant(str(artifact)))
     (artifact / 'artifact.json').write_text('1')
-    assert evaluate.model_hash(Settings(), Variant(str(artifact))) != bare
-    before = [evaluate.model_hash(Settings(), Variant(str(artifact), calibration=c))
+    assert episode_log.model_hash(Settings(), Variant(str(artifact))) != bare
+    before = [episode_log.model_hash(Settings(), Variant(str(artifact), calibration=c))
               for c in ('', 'monday', str(made))]
     (made / 'calibration.json').write_text('1')
-    after = [evaluate.model_hash(Settings(), Variant(str(artifact), calibration=c))
+    after = [episode_log.model_hash(Settings(), Variant(str(artifact), calibration=c))
              for c in ('', 'monday', str(made))]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
 
@@ -130,12 +130,12 @@ def test_light_that_cannot_be_had_is_refused_before_anything_is_played(
 
 
 def test_a_crashed_episode_is_played_again(tmp_path):
-    log = evaluate.Log(tmp_path)
+    log = episode_log.Log(tmp_path)
     episode = Episode(Variant(), 'libero_object', 2, 0, 8)
     log.add('a', Outcome(episode, 'crashed', error='boom'))
-    assert not evaluate.Log(tmp_path).finished('a')
+    assert not episode_log.Log(tmp_path).finished('a')
     log.add('a', Outcome(episode, 'success'))
-    assert evaluate.Log(tmp_path).finished('a')
+    assert episode_log.Log(tmp_path).finished('a')
 
 
 def test_a_process_that_dies_is_a_crash_and_its_work_goes_on(monkeypatch):
