@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quantvla_ros.kernels.cuda import resources, tiles
+from quantvla_ros.kernels.cuda import overlapped, resources, tiles
 from quantvla_ros.kernels.cuda.tiles import Chip, Problem, Tile
 
 HOPPER, ORIN = resources.chip(90), resources.chip(87)
@@ -32,6 +32,13 @@ KINDS = [
     (87, resources.attend_case(50, 1018, 8, 1, 256, ORIN)),
 ]
 
+if overlapped.HERE:
+    KINDS += [(90, resources.overlapped_case(4, *shape, Tile(*tile, 2), follows=follows, pdl=pdl))
+              for *shape, tile, follows, pdl in (
+                  (560, 2048, 6144, (64, 64, 128, 3, 4, 1), '', False),
+                  (968, 32768, 2048, (128, 128, 64, 4, 8, 1), 'pair', False),
+                  (49, 1536, 6144, (64, 64, 128, 6, 4, 4), 'raw', True))]
+
 # an H100 ran this split fastest all the same: 8.1 us, the next one 13.5
 KNOWN = {(90, 'attend 50x1018 8/1x256 64/64 k8'): 'keeps 16 bytes of each thread in memory'}
 
@@ -51,6 +58,7 @@ def test_four_nibbles_are_unpacked_at_once():
     assert kernel.asm['ptx'].count('0xF0F0F0F0') >= 2
 
 
+@pytest.mark.skipif(not overlapped.HERE, reason='needs the Gluon of Triton 3.6')
 @pytest.mark.parametrize('bits', [8, 4])
 @pytest.mark.parametrize('follows', ['', 'pair'])
 def test_overlapped_products_wait_for_nothing(bits, follows):
@@ -62,6 +70,21 @@ def test_overlapped_products_wait_for_nothing(bits, follows):
     # with 8 bits a step is begun before the one ahead has ended, with 4 both halves together
     waits = re.findall(r'wgmma.wait_group.sync.aligned (\d+)', ptx)
     assert waits == [{8: '1', 4: '0'}[bits], '0']
+
+
+def test_a_register_that_is_multiplied_is_not_to_be_written():
+    product = 'IGMMA.64x64x32.S8.S8 R24, R88, gdesc[UR8], R24, gsb0'
+    wait = 'WARPGROUP.DEPBAR.LE gsb0, 0x0'
+    bad = ['LDSM.16.M88.4 R84, [R5+UR8+0x8000]', 'LDSM.16.M88.4 R86, [R5+UR8+0x8000]',
+           '@P0 IMAD.WIDE.U32 R90, R2, 0x4, R6', 'LOP3.LUT R91, R4, 0xf0f0f0f0, RZ, 0xc0, !PT',
+           'STS.128 [R88], R4', 'LOP3.LUT R92, R4, 0xf0, RZ, 0xc0, !PT']
+    assert resources.rewritten([product, *bad, wait]) == bad[1:4]
+    assert resources.rewritten([product, wait, *bad]) == []
+    others = 'WARPGROUP.DEPBAR.LE gsb0, 0x1'  # one may go on
+    assert resources.rewritten([product, others, bad[3]]) == [bad[3]]
+    used = resources.usage(resources.euler_case(), 90)
+    told = resources.problem_with(dataclasses.replace(used, rewritten=3))
+    assert told == 'writes 3 registers that may still be multiplied'
 
 
 def test_overlapped_is_for_hopper():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ class Case:
 class Usage:
     """What a compiled kernel takes: bytes of a program's shared memory, registers of a thread,
     bytes of a thread's stack (spills among them), machine instructions, those of its matrix
-    units, and bytes of the narrowest copy in its pipeline (0: nothing is loaded ahead)."""
+    units, bytes of the narrowest copy in its pipeline (0: nothing is loaded ahead), and
+    instructions that write a register while the matrix units may still read it."""
 
     name: str
     chip: int
@@ -71,6 +72,7 @@ class Usage:
     instructions: int
     matrix: str
     copies: int
+    rewritten: int = 0
 
 
 def product_case(bits: int, group: int, m: int, n: int, kp: int, gated: bool, chip: Chip,
@@ -279,11 +281,41 @@ def usage(case: Case, capability: int) -> Usage:
     widths = [int(width, 0) for width in copies]
     if 'cp.async.bulk.tensor' in ptx:
         widths.append(BULK)
-    return Usage(case.name, capability, int(kernel.metadata.shared),
-                 *_machine_code(kernel.asm['cubin']), matrix, min(widths, default=0))
+    registers, stack, lines = _machine_code(kernel.asm['cubin'])
+    return Usage(case.name, capability, int(kernel.metadata.shared), registers, stack, len(lines),
+                 matrix, min(widths, default=0), len(rewritten(lines)))
 
 
-def _machine_code(cubin: bytes) -> tuple[int, int, int]:
+def rewritten(lines: Sequence[str]) -> list[str]:
+    """Instructions that write what a product from registers may still read.
+
+    Such a product runs on after its instruction; nothing but the wait for it says that it has
+    read its registers, and ptxas does not keep others off them.
+    """
+    busy: set[int] = set()
+    found = []
+    for line in lines:
+        product = re.search(r'GMMA\S* R\d+, R(\d+), gdesc', line)
+        if product:
+            busy |= set(range(int(product[1]), int(product[1]) + 4))
+        elif 'DEPBAR.LE gsb0, 0x0' in line:
+            busy.clear()
+        elif busy & _written(line):
+            found.append(line)
+    return found
+
+
+def _written(line: str) -> set[int]:
+    """Registers that an instruction writes, as its text tells."""
+    parts = re.match(r'(?:@\S+ )?([A-Z0-9_.]+) (?:U?P\w+, )*R(\d+)\b', line)
+    if not parts or parts[1].startswith(('ST', 'RED', 'SYNCS', 'UTMA', 'BAR')):
+        return set()  # they read it
+    wide = 4 if '.128' in parts[1] or re.match(r'LDSM.*\.4$', parts[1]) else (
+        2 if '.64' in parts[1] or 'WIDE' in parts[1] else 1)
+    return set(range(int(parts[2]), int(parts[2]) + wide))
+
+
+def _machine_code(cubin: bytes) -> tuple[int, int, list[str]]:
     """Registers and stack of a thread, and instructions, as cuobjdump reads them."""
     tool = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
@@ -292,10 +324,10 @@ def _machine_code(cubin: bytes) -> tuple[int, int, int]:
         done = subprocess.run([str(tool), '-res-usage', '-sass', file.name], capture_output=True,
                               text=True, check=True)
     found = re.search(r'REG:(\d+) STACK:(\d+)', done.stdout)
-    lines = re.findall(r'/\*[0-9a-f]{4,}\*/\s+[^/\s][^;]*;', done.stdout)
+    lines = re.findall(r'/\*[0-9a-f]{4,}\*/\s+([^/\s][^;]*);', done.stdout)
     if not found or not lines:
         raise RuntimeError(f'cuobjdump said: {done.stdout}')
-    return int(found[1]), int(found[2]), len(lines)
+    return int(found[1]), int(found[2]), lines
 
 
 def waits(ptx: str) -> str:
@@ -319,6 +351,8 @@ def problem_with(used: Usage) -> str:
     limit = chip(used.chip).shared
     if used.shared > limit:
         return f'takes {used.shared} bytes of shared memory; the chip has {limit}'
+    if used.rewritten:
+        return f'writes {used.rewritten} registers that may still be multiplied'
     if used.stack > 0:
         return f'keeps {used.stack} bytes of each thread in memory'
     return ''
