@@ -10,7 +10,7 @@ import quantvla_ros
 
 ROOT = Path(quantvla_ros.__file__).parent
 WORDS = {'observation', 'action', 'contract', 'decode', 'builder', 'sections', 'resources',
-         'priority'}
+         'priority', 'exit_status'}
 BELOW = {
     'words': WORDS,
     'control': WORDS,
