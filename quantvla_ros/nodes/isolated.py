@@ -21,7 +21,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,16 @@ import numpy as np
 
 from quantvla_ros.action import ActionChunk
 from quantvla_ros.contract import Contract
-from quantvla_ros.nodes.parcel import chunk_of, pack, pack_chunk, pack_observation, unpack
+from quantvla_ros.nodes.parcel import (
+    Parcel,
+    chunk_of,
+    pack,
+    pack_chunk,
+    pack_observation,
+    receive,
+    send,
+    unpack,
+)
 from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import (
     POLICIES,
@@ -80,7 +88,6 @@ class IsolatedPolicy:
 
     def __init__(self, contract: Contract, near: socket.socket) -> None:
         self.contract, self._near = contract, near
-        self._channel = Connection(os.dup(near.fileno()))
         self._pidfd = -1
         made = self._hear()[0]
         with contextlib.suppress(OSError):  # it may be gone already
@@ -121,16 +128,16 @@ class IsolatedPolicy:
         finally:
             seen.update(self._ask(pack({'do': 'seen'}))[0])
 
-    def _ask(self, parcel: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _ask(self, parcel: Parcel) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         try:
-            self._channel.send_bytes(parcel)
-        except (OSError, ValueError) as error:
+            send(self._near, parcel)
+        except OSError as error:
             raise PolicyFailedError(GONE) from error
         return self._hear()
 
     def _hear(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         try:
-            head, arrays = unpack(self._channel.recv_bytes())
+            head, arrays = unpack(receive(self._near))
         except (EOFError, OSError) as error:
             raise PolicyFailedError(GONE) from error
         raise_told(head)
@@ -157,7 +164,6 @@ class IsolatedPolicy:
         with contextlib.suppress(OSError):
             hang_up(self._near)
             self._near.close()
-            self._channel.close()
         if self._pidfd < 0:
             return
         poll = select.poll()

@@ -17,13 +17,21 @@ import socket
 import sys
 import threading
 import traceback
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from quantvla_ros.contract import load_contract
 from quantvla_ros.nodes.making import LocalMaker
-from quantvla_ros.nodes.parcel import chunk_of, observation_of, pack, pack_chunk, unpack
+from quantvla_ros.nodes.parcel import (
+    Parcel,
+    chunk_of,
+    observation_of,
+    pack,
+    pack_chunk,
+    receive,
+    send,
+    unpack,
+)
 from quantvla_ros.policies.base import POLICIES, DeviceError, Policy, PolicySettings, policy_class
 from quantvla_ros.priority import set_session_nice, set_thread_nice
 
@@ -96,7 +104,7 @@ class Server:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             set_session_nice(nice)
             threading.Thread(target=end_with, args=(fd,), daemon=True).start()
-            PolicyProcess(Connection(fd), self._maker, settings).serve(nice)
+            PolicyProcess(socket.socket(fileno=fd), self._maker, settings).serve(nice)
         except BaseException:  # the border of a process
             traceback.print_exc()
         finally:
@@ -120,7 +128,9 @@ def settings_of(question: dict[str, Any]) -> PolicySettings:
 class PolicyProcess:
     """One policy and its one caller."""
 
-    def __init__(self, channel: Connection, maker: LocalMaker, settings: PolicySettings) -> None:
+    def __init__(
+        self, channel: socket.socket, maker: LocalMaker, settings: PolicySettings
+    ) -> None:
         self._channel, self._maker, self._settings = channel, maker, settings
         self._policy: Policy
         self._context: Any = None
@@ -131,15 +141,15 @@ class PolicyProcess:
     def serve(self, nice: int) -> None:
         """Load, then answer until the caller has gone."""
         set_thread_nice(SERVING_NICE)
-        self._channel.send_bytes(self._loaded(nice))
+        send(self._channel, self._loaded(nice))
         while True:
             try:
-                head, arrays = unpack(self._channel.recv_bytes())
+                head, arrays = unpack(receive(self._channel))
             except (EOFError, ConnectionError):
                 return
-            self._channel.send_bytes(self._answer(head, arrays))
+            send(self._channel, self._answer(head, arrays))
 
-    def _loaded(self, nice: int) -> bytes:
+    def _loaded(self, nice: int) -> Parcel:
         """Load in a thread of its own priority: this one could not rise again, and it serves."""
         found: list[Any] = []
 
@@ -181,13 +191,13 @@ class PolicyProcess:
         return {'calibrated': getattr(policy, 'calibrated', None), 'ranges': ranges,
                 'watching': hasattr(policy, 'watching')}
 
-    def _answer(self, head: dict[str, Any], arrays: Any) -> bytes:
+    def _answer(self, head: dict[str, Any], arrays: Any) -> Parcel:
         try:
             return self._do(head, arrays)
         except Exception as error:  # a border: the caller is told, and the policy goes on
             return pack(told(error))
 
-    def _do(self, head: dict[str, Any], arrays: Any) -> bytes:
+    def _do(self, head: dict[str, Any], arrays: Any) -> Parcel:
         policy: Any = self._policy
         if head['do'] == 'prepare':
             self._context = None

@@ -3,10 +3,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,11 @@ from quantvla_ros.nodes.isolated import OVERHEAD_BYTES, PolicyServer
 from quantvla_ros.nodes.parcel import (
     chunk_of,
     observation_of,
+    pack,
     pack_chunk,
     pack_observation,
+    receive,
+    send,
     unpack,
 )
 from quantvla_ros.observation import Observation
@@ -75,7 +80,7 @@ def gone(pid):
 
 def test_observation_arrives_to_the_last_bit():
     sent = observation()
-    got = observation_of(*unpack(pack_observation(sent)))
+    got = observation_of(*unpack(b''.join(pack_observation(sent))))
     assert got.images['front'].tobytes() == sent.images['front'].tobytes()
     assert got.joint_positions.tobytes() == sent.joint_positions.tobytes()
     assert got.vectors['force'].tobytes() == sent.vectors['force'].tobytes()
@@ -86,10 +91,31 @@ def test_observation_arrives_to_the_last_bit():
 
 def test_chunk_arrives_to_the_last_bit_also_where_it_is_not_a_number():
     sent = ActionChunk(('a', 'b'), np.array([[np.nan, 1 / 3], [-0.0, np.inf]]), 2**60 + 1, 0.05)
-    got = chunk_of(*unpack(pack_chunk(sent)))
+    got = chunk_of(*unpack(b''.join(pack_chunk(sent))))
     assert got.positions.tobytes() == sent.positions.tobytes()
     assert (got.joint_names, got.stamp_ns, got.step_dt_s) == (('a', 'b'), 2**60 + 1, 0.05)
-    assert chunk_of(*unpack(pack_chunk(None))) is None
+    assert chunk_of(*unpack(b''.join(pack_chunk(None)))) is None
+
+
+def test_parcels_go_through_a_socket_that_takes_little_at_a_time():
+    near, far = socket.socketpair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    near.settimeout(10)  # which makes a call send what fits
+    rng = np.random.default_rng(0)
+    sent = {'large': rng.integers(0, 256, (64, 4099, 3), dtype=np.uint8),
+            'none': np.zeros((0, 3)), 'one': np.array([0.1]), 'turned': rng.random((5, 7)).T}
+    with near, far, ThreadPoolExecutor(1) as pool:
+        for turn in range(3):
+            waiting = pool.submit(receive, far)
+            send(near, pack({'turn': turn}, sent))
+            head, got = unpack(waiting.result(10))
+            assert head == {'turn': turn} and not got['large'].flags.writeable
+            for name, array in sent.items():
+                assert got[name].dtype == array.dtype and np.array_equal(got[name], array)
+        waiting = pool.submit(receive, far)
+        near.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(EOFError, match='gone'):
+            waiting.result(10)
 
 
 def test_policy_answers_from_another_process_what_it_answers_here(server):
