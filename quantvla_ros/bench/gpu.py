@@ -33,7 +33,6 @@ SECTIONS = {
     'sanitize': 'the checks under compute-sanitizer',
     'profile': 'where the time of a chunk goes, kernel by kernel',
 }
-FAMILIES = ('pi05', 'groot_n15')
 ALONE = ('estimate', 'compile')  # need no card
 ASKED = ('compile', 'sanitize', 'profile', 'ways')  # run only when named
 
@@ -77,6 +76,7 @@ def runners() -> dict[str, Callable[[Any], Any]]:
         gpu_profile,
         gpu_ros,
         gpu_time,
+        gpu_tune,
         gpu_ways,
     )
 
@@ -88,6 +88,7 @@ def runners() -> dict[str, Callable[[Any], Any]]:
 
     def gemm(bench: Any) -> Any:
         known = bench.figures.get('ceilings') or gpu_time.ceilings(bench)
+        gpu_tune.compile_chosen(gpu_gemm.shapes_of(bench), bench)
         return gpu_gemm.table(bench, known)
 
     return {'check': gpu_check.checks, 'ceilings': ceilings, 'chunk': gpu_chunk.chunks,
@@ -100,6 +101,7 @@ def make_bench(args: argparse.Namespace) -> Any:
     """What the sections share. Raises ValueError with a sentence where nothing can run."""
     import torch
 
+    from quantvla_ros.bench.gpu_chunk import SETTINGS
     from quantvla_ros.bench.gpu_time import Bench, Deadline
     from quantvla_ros.kernels.cuda import interpreted
     from quantvla_ros.kernels.cuda.language import MISSING
@@ -107,9 +109,10 @@ def make_bench(args: argparse.Namespace) -> Any:
     if MISSING:
         raise ValueError(MISSING)
     families = tuple(name for name in args.family.split(',') if name)
-    unknown = sorted(set(families) - set(FAMILIES))
+    known = tuple(dict.fromkeys(setting.family for setting in SETTINGS))
+    unknown = sorted(set(families) - set(known))
     if unknown:
-        raise ValueError(f'--family names {", ".join(unknown)}; known are {", ".join(FAMILIES)}')
+        raise ValueError(f'--family names {", ".join(unknown)}; known are {", ".join(known)}')
     if args.dry:
         interpreted.enter()
         return Bench(torch.device('cpu'), True, True, Deadline(args.budget), families=families)

@@ -19,7 +19,7 @@ from quantvla_ros.bench.gpu_time import Bench, Run, microseconds, tried
 from quantvla_ros.kernels.cuda import launch, launch_attention
 from quantvla_ros.kernels.cuda.launch import Take, Tokens, chip_of
 from quantvla_ros.kernels.cuda.launch_attention import Keys, Parts, Split, run_attend, run_join
-from quantvla_ros.kernels.cuda.tiles import Chip
+from quantvla_ros.kernels.cuda.tiles import FEW, Chip
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Case:
     @property
     def few(self) -> bool:
         """Whether it is one of a denoising step."""
-        return self.rows <= 1024 and self.tokens <= 128
+        return self.tokens <= FEW
 
 
 CASES = {

@@ -181,8 +181,7 @@ def chunks(bench: Bench) -> dict[str, Any]:
     for setting in settings:
         rows: dict[str, Any] = {}
         whole = setting in first and not (bench.quick or bench.dry)
-        rest = not whole and setting not in first  # the further ones show actions and steps
-        for precision in PRECISIONS if whole else PRECISIONS[:3] if rest else PRECISIONS[:4]:
+        for precision in PRECISIONS if whole or bench.thorough else PRECISIONS[:4]:
             if bench.deadline.left_s() < 30:
                 print(f'  {setting.name} {precision.name}: not measured, the time is up')
                 continue

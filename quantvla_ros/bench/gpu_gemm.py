@@ -8,13 +8,8 @@ its own quantization is timed with it, and marked +q.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
-from itertools import product
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -23,7 +18,6 @@ from torch import Tensor, nn
 
 from quantvla_ros.bench.gpu_time import Bench, Run, copies, microseconds, relative, tried
 from quantvla_ros.kernels.cuda import launch, tiles
-from quantvla_ros.kernels.cuda.ahead import hollow_weight, pretend
 from quantvla_ros.kernels.cuda.launch import Take, Tokens, Workspace
 from quantvla_ros.kernels.cuda.pack import DeviceWeight, from_nibbles, padded_columns, to_device
 from quantvla_ros.kernels.weights import PackedWeight
@@ -215,40 +209,19 @@ def row(shape: tuple[int, int, int], bench: Bench, ceiling: dict[str, float]) ->
     return found
 
 
-def compile_ours(shape: tuple[int, int, int], kind: str, tile: tiles.Tile) -> None:
-    """Leave one of our products in Triton's cache on disk; touches no card."""
-    m, n, k = shape
-    weight = hollow_weight(*OURS[kind], n, k)
-    tokens = Tokens(torch.empty(m, weight.padded[1], dtype=torch.int8), torch.empty(m))
-    with suppress(Exception):  # what does not compile is told by who launches it
-        launch.run_product(tokens, weight, torch.empty(m, n, dtype=torch.bfloat16),
-                           Workspace(torch.device('cpu')), tile=tile, ahead=True)
-
-
-def warm(shapes: Sequence[tuple[int, int, int]], bench: Bench) -> None:
-    """Compile all of ours on other cores."""
-    chip = launch.chip_of(bench.device)
-    major, minor = torch.cuda.get_device_capability(bench.device)
-    with ProcessPoolExecutor(
-            max(1, (os.cpu_count() or 2) - 1), mp_context=get_context('spawn'),
-            initializer=pretend, initargs=(10 * major + minor,)) as pool:
-        for (m, n, k), (kind, (bits, group)) in product(shapes, OURS.items()):
-            if not group or k % group == 0:
-                problem = launch.problem_of(hollow_weight(bits, group, n, k), m)
-                pool.submit(compile_ours, (m, n, k), kind, tiles.choose(problem, chip))
+def shapes_of(bench: Bench) -> tuple[tuple[int, int, int], ...]:
+    """What the table shows."""
+    return DRY if bench.dry else QUICK if bench.quick else SHAPES
 
 
 def table(bench: Bench, ceiling: dict[str, float]) -> list[dict[str, Any]]:
     """Print and return all rows that fit into the time."""
-    shapes = DRY if bench.dry else QUICK if bench.quick else SHAPES
     peers = PEERS if bench.thorough else ()
-    if not bench.dry:
-        warm(shapes, bench)
     columns = (*OURS, 'tokens', 'tokens rotated', 'bfloat16', '_int_mm', 'fp8')
     print('  microseconds; in brackets the share of the ceiling that bytes or operations set')
     print('  ' + 'tokens x rows x columns'.ljust(24) + ''.join(c.rjust(15) for c in columns))
     rows = []
-    for shape in shapes:
+    for shape in shapes_of(bench):
         if bench.deadline.left_s() < 20:
             print(f'  {shape}: not measured, the time is up')
             continue

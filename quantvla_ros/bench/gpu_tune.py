@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,19 @@ def wait(futures: list[Future[None]], bench: Bench) -> bool:
         if why and bench.deadline.left_s() <= 5.0:
             return False
     return True
+
+
+def compile_chosen(shapes: Sequence[tuple[int, int, int]], bench: Bench) -> None:
+    """Compile the products of a table, with the tiles that they will take, on other cores."""
+    ahead, chip = Ahead(bench), launch.chip_of(bench.device)
+    futures = []
+    for (m, n, k), (kind, (_, group)) in product(shapes, gpu_gemm.OURS.items()):
+        if not group or k % group == 0:
+            shape = Shape(m, n, k, kind, '')
+            tile = tiles.choose(_problem(shape, bench), chip)
+            futures += ahead.start(partial(compile_products, shape), [tile])
+    wait(futures, bench)
+    ahead.end()
 
 
 # the timing process ----------------------------------------------------------------------------

@@ -22,7 +22,8 @@ KINDS = [
     (90, resources.fused_case(8, 968, 32768, 2048, 'pair', HOPPER,
                               tile=Tile(256, 128, 128, 3, 8, 1, 1))),
     (90, resources.token_case(2048, 127, True)),
-    (90, resources.token_case(1024, 127, False, parts=4)),
+    (90, resources.token_case(16384, 127, True)),
+    (90, resources.token_case(1024, 127, False, parts=4, rows=50)),
     (90, resources.attend_case(50, 1018, 8, 1, 256, HOPPER)),
     (90, resources.join_case(8, 256, 8, 127, True)),
     (90, resources.turn_case(16, 8, 128, True)),
@@ -91,7 +92,8 @@ def test_overlapped_is_for_hopper():
     tile = Tile(128, 64, 128, 4, 4, 1, tiles.OVERLAPPED)
     many = Problem(8, 560, 2048, 2048)
     assert tiles.fit(tile, many, HOPPER) == tile
-    for problem, chip in ((many, ORIN), (Problem(8, 560, 2048, 2048, 128, 128), HOPPER),
+    for problem, chip in ((many, ORIN), (many, Chip('sm_100', 148)),
+                          (Problem(8, 560, 2048, 2048, 128, 128), HOPPER),
                           (Problem(8, 560, 2048, 2048, follows='turned'), HOPPER)):
         assert tiles.fit(tile, problem, chip).bulk < tiles.OVERLAPPED
 
@@ -161,7 +163,7 @@ def test_candidates_are_few_and_all_of_them_run():
         for m in (10, 50, 968):
             problem = Problem(bits, m, 4096, 1024, 0, 256)
             found = tiles.candidates(problem, HOPPER)
-            assert 4 <= len(found) <= 64  # each costs a compilation
+            assert 4 <= len(found) <= 32  # each costs a compilation
             assert all(tiles.fit(tile, problem, HOPPER) == tile for tile in found)
             assert json.dumps([dataclasses.astuple(tile) for tile in found])
 

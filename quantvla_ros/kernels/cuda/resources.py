@@ -98,13 +98,10 @@ def product_case(bits: int, group: int, m: int, n: int, kp: int, gated: bool, ch
     return Case(name, product.product, types, constants, t.warps, t.stages)
 
 
-WIDEST = 4096  # columns of a token that is normed; what is wider stands inside an MLP
-
-
 def token_case(columns: int, top: int, rotate: bool, *, pdl: bool = False,
-               parts: int = 0) -> Case:
+               parts: int = 0, rows: int = 968) -> Case:
     """Branch, modulated norm, and rotated or plain quantization, or floats."""
-    stored, normed = 'i8' if top else 'bf16', columns <= WIDEST
+    stored = 'i8' if top else 'bf16'
     types = {'x': '*bf16', 'branch': '*i32' if parts else '*bf16',
              'branch_bias': '*bf16', 'gate': '*fp32',
              'total': '*bf16', 'token_scale': '*fp32', 'row_scale': '*fp32',
@@ -115,11 +112,11 @@ def token_case(columns: int, top: int, rotate: bool, *, pdl: bool = False,
     constants = {'PARTS': parts, 'ROWS': bool(parts),
                  'BLOCKS': launch.blocks_of(columns), 'PAIR': False, 'ACT': 'none',
                  'BRANCH': bool(not top or parts), 'BRANCH_BIAS': False,
-                 'GATE': not top, 'NORM': 'rms' if normed else 'none',
-                 'MULTIPLY': normed, 'ADD': normed, 'TOP': top, 'DIAGONAL': rotate,
+                 'GATE': not top, 'NORM': 'rms',
+                 'MULTIPLY': True, 'ADD': True, 'TOP': top, 'DIAGONAL': rotate,
                  'ROTATE': rotate, 'STATIC': False, 'CAST': triton.language.bfloat16, 'PDL': pdl}
     name = f'tokens {columns} {"float" if not top else "int8"}{" rotated" if rotate else ""}'
-    return Case(name, tokens.tokens, types, constants, launch.warps_of(columns, 50), 3, False)
+    return Case(name, tokens.tokens, types, constants, launch.warps_of(columns, rows), 3, False)
 
 
 def fused_case(bits: int, m: int, n: int, kp: int, follows: str, chip: Chip,
@@ -182,7 +179,8 @@ def attend_case(rows: int, keys: int, heads: int, groups: int, width: int, chip:
     return Case(name, attention.attend, types, constants, split.warps, split.stages)
 
 
-def join_case(heads: int, width: int, parts: int, top: int, rotate: bool) -> Case:
+def join_case(heads: int, width: int, parts: int, top: int, rotate: bool,
+              rows: int = 50) -> Case:
     """The splits of an attention into tokens."""
     types = {'parts': '*bf16', 'sums': '*fp32', 'largest': '*fp32', 'diagonal': '*fp32',
              'hadamard': '*i8', 'out': '*i8' if top else '*bf16', 'scale': '*fp32',
@@ -192,7 +190,7 @@ def join_case(heads: int, width: int, parts: int, top: int, rotate: bool) -> Cas
                  'STATIC': False,
                  'CAST': triton.language.bfloat16, 'PDL': False}
     return Case(f'join {heads}x{width} of {parts}', attention.join, types, constants,
-                min(16, 2 * launch.warps_of(heads * width, 50)), 3, False)
+                min(16, 2 * launch.warps_of(heads * width, rows)), 3, False)
 
 
 def turn_case(heads: int, groups: int, width: int, norm: bool) -> Case:
@@ -230,7 +228,8 @@ def cases(chip: Chip) -> Iterator[Case]:
         yield fused_case(bits, 50, 2560, 1024, 'turned', chip)
         yield fused_case(bits, 50, 1024, 4096, 'raw', chip)
         yield fused_case(bits, 968, 32768, 2048, 'pair', chip)
-    yield token_case(1024, 127, False, parts=4)
+    yield token_case(1024, 127, False, parts=4, rows=50)
+    yield token_case(1024, 127, True, parts=4, rows=50)
     for columns in (1024, 2048, 16384):
         yield token_case(columns, 127, False)
         yield token_case(columns, 127, True)
@@ -240,6 +239,7 @@ def cases(chip: Chip) -> Iterator[Case]:
     yield attend_case(49, 560, 32, 32, 48, chip)
     yield attend_case(560, 560, 16, 8, 128, chip, causal=True)
     yield join_case(8, 256, 8, 127, True)
+    yield join_case(8, 256, 8, 127, True, rows=968)
     yield join_case(32, 48, 4, 0, False)
     yield turn_case(8, 1, 256, False)
     yield turn_case(16, 8, 128, True)

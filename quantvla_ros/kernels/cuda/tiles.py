@@ -188,57 +188,62 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
     """Tiles worth trying for a shape, for `--tune`: each costs a compilation."""
     few = problem.m <= FEW
     bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
-    # fewer than 64 rows are no task for Hopper's matrix units, but fill more of the chip
-    shapes = [(bm, 32, 4), (bm, 64, 4), (bm, 128, 8)] if few else [
-        (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8),
-        (256, 64, 4)]
-    # Triton waits for every integer product: where several programs share a processor, few stages
-    # leave room for them; where each has one of its own, many stages hide how far memory is
+    shapes = [(bm, 64, 4), (bm, 128, 8)] if few else [
+        (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (256, 128, 8), (256, 64, 4)]
     wide = problem.bits == 8
-    depths = [(128, 3), (128, 4), (128, 6), (256, 3)] if wide else [
-        (64, 4), (64, 6), (128, 3), (128, 4)]
+    # Triton waits for every integer product, so that of many tokens long steps, or several
+    # programs on a processor, which few stages leave room for, keep the matrix units busy
+    depths = [(128, 3), (128, 6), (256, 3)] if wide else [(64, 4), (128, 3), (128, 4)]
     if not few:
-        depths = [(128, 2), (128, 3), (128, 4), (128, 6), (256, 2), (256, 3)] if wide else [
-            (64, 3), (64, 5), (64, 8), (128, 2), (128, 3), (128, 4)]
+        depths = [(128, 2), (128, 3), (256, 3)] if wide else [(64, 3), (128, 2), (128, 3)]
     found = list(_overlapped(problem, chip))
     for (bm, bn, warps), (bk, stages), bulk in product(shapes, depths, (1, 0)):
         sums = bm * bn * (2 if problem.gated else 1) // (32 * warps)
-        if sums > 128 or bulk > chip.bulk or (bn < 64 and problem.follows == 'turned') or (
+        if sums > 128 or bulk > chip.bulk or (
                 chip.bulk and not few and not bulk and (bm, bn, stages) != (128, 128, 3)):
             continue
         programs = programs_of(Tile(bm, bn, bk, stages, warps, 1), problem)
-        for split in (1,) if bn < 64 else (1, 2, 4, 8, 16) if few else (1, 2, 3):
+        for split in (1, 2, 4, 8, 16) if few else (1, 2):
             # more than the chip holds at once only costs the sums, less leaves it idle
             filled = programs * split / chip.processors
             if (split > 1 and filled > 2.2) or (filled < 0.25 and few and split < 16):
                 continue
-            deep = bk * stages > (512 if few else 384) // (1 if wide or few else 2)
-            if (deep and filled > 1.6) or (not few and bm * bn <= 4096 and filled > 3.0):
-                continue
             tile = Tile(bm, bn, bk, stages, warps, split, bulk)
-            if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= max(2, stages - 2):
+            if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= 2:
                 found.append(tile)
     return found
+
+
+# bm, bn, warps, bk and numbers of stages that overlapped.py's many tokens are tried with, by bits:
+# what an H100 chose for one shape or another, and what lies beside it
+MANY: dict[int, tuple[tuple[int, int, int, int, tuple[int, ...]], ...]] = {
+    8: ((128, 128, 8, 128, (3, 4, 6)), (128, 64, 4, 128, (3, 4, 6)), (64, 128, 4, 128, (3, 4, 6)),
+        (64, 128, 8, 128, (3,)), (64, 64, 4, 128, (3, 4, 6))),
+    4: ((128, 128, 8, 64, (3, 4)), (128, 128, 8, 128, (3, 4)), (128, 64, 4, 64, (3, 4, 6)),
+        (64, 128, 4, 64, (3,)), (64, 128, 8, 128, (3,)), (64, 64, 4, 64, (4,)),
+        (64, 64, 4, 128, (3,))),
+}
 
 
 def _overlapped(problem: Problem, chip: Chip) -> Iterable[Tile]:
     """Tiles of overlapped.py worth trying."""
     if not overlaps(problem, chip):
         return
-    few, wide = problem.m <= FEW, problem.bits == 8
-    bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
-    shapes = [(bm, 64, 4), (bm, 128, 8)] if few else [
-        (128, 128, 8), (128, 64, 4), (64, 128, 4), (64, 128, 8), (64, 64, 4)]
-    splits = (2, 4, 8) if problem.follows == 'raw' else (1,)
-    for (bm, bn, warps), bk, split in product(shapes, (128,) if wide else (64, 128), splits):
-        filled = programs_of(Tile(bm, bn, bk, 3, warps, 1), problem) * split / chip.processors
-        if filled > (2.2 if few and split > 1 else 4.0) and bm * bn <= 4096 or (
-                few and filled < 0.25 and split < 8):
-            continue
-        for stages in (3, 4, 6, 8) if few else (3, 4, 6):
-            tile = Tile(bm, bn, bk, stages, warps, split, OVERLAPPED)
-            if fit(tile, problem, chip) == tile and steps_of(tile, problem) >= stages - 1:
-                yield tile
+    shapes, splits = MANY[problem.bits], [1]
+    if problem.m <= FEW:
+        bm = min(64, max(16, 1 << (problem.m - 1).bit_length()))
+        shapes = tuple((bm, bn, warps, 128, (3, 4, 6, 8)) for bn, warps in ((64, 4), (128, 8)))
+        splits = [2, 4, 8] if problem.follows == 'raw' else [1]
+    tried = (Tile(bm, bn, bk, stages, warps, split, OVERLAPPED)
+             for (bm, bn, warps, bk, depths), split in product(shapes, splits)
+             for stages in depths)
+    for tile in tried:
+        filled = programs_of(tile, problem) * tile.split / chip.processors
+        crowded = filled > (2.2 if tile.split > 1 else 4.0) and tile.bm * tile.bn <= 4096
+        idle = filled < 0.25 and problem.m <= FEW and tile.split < 8
+        if not (crowded or idle) and fit(tile, problem, chip) == tile and (
+                steps_of(tile, problem) >= tile.stages - 1):
+            yield tile
 
 
 def steps_of(tile: Tile, problem: Problem) -> int:

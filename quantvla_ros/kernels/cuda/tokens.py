@@ -115,12 +115,14 @@ def tokens(
     row = tl.program_id(0)
     column = tl.arange(0, BLOCKS)[:, None] * 64 + tl.arange(0, 64)[None, :]
     inside = column < K
+    EARLY: tl.constexpr = BLOCKS <= 64  # of wider tokens too much would be held in registers
     rows = known(row_scale, column, inside, 1.0, ROWS)
     bias = known(branch_bias, column, inside, 0.0, BRANCH_BIAS)
     factor = known(gate, column, inside, 1.0, GATE)
-    gain = known(multiply, column, inside, 1.0, MULTIPLY)
-    offset = known(add, column, inside, 0.0, ADD)
-    own, signs = turning(diagonal, hadamard, column, K, DIAGONAL, ROTATE)
+    if EARLY:
+        gain = known(multiply, column, inside, 1.0, MULTIPLY)
+        offset = known(add, column, inside, 0.0, ADD)
+        own, signs = turning(diagonal, hadamard, column, K, DIAGONAL, ROTATE)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -147,10 +149,15 @@ def tokens(
     if NORM != 'none':
         square = tl.sum(tl.sum(y * y, 1), 0) / K
         y = y * tl.div_rn(1.0, tl.sqrt_rn(square + eps))
+    if not EARLY:
+        gain = known(multiply, column, inside, 1.0, MULTIPLY)
+        offset = known(add, column, inside, 0.0, ADD)
     if MULTIPLY:
         y = y * gain
     if ADD:
         y = y + offset
+    if not EARLY:
+        own, signs = turning(diagonal, hadamard, column, K, DIAGONAL, ROTATE)
     emit(y, own, signs, out, scale, static, row, K, KP,
          BLOCKS, TOP, DIAGONAL, ROTATE, STATIC, CAST)
 
