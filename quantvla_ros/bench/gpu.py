@@ -83,7 +83,7 @@ def runners() -> dict[str, Callable[[Any], Any]]:
     def ceilings(bench: Any) -> Any:
         found = gpu_time.ceilings(bench)
         print(f'  copy {found["copy"] / 1e9:.0f} GB/s, bfloat16 {found["bfloat16"] / 1e12:.0f} '
-              f'TFLOP/s, int8 {found["int8"] / 1e12:.0f} TOP/s')
+              f'TFLOP/s, 8 bits {found["int8"] / 1e12:.0f} TOP/s')
         return found
 
     def gemm(bench: Any) -> Any:

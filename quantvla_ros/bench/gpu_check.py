@@ -76,17 +76,21 @@ def _followed(bench: Bench) -> dict[str, tuple[float, float]]:
     """Products of fused.py and overlapped.py, each at the first tile of every kind it can take."""
     found = {}
     shapes = ((5, 96, 256, 'pair'),) if bench.dry else (
-        (50, 256, 1536, 'pair'), (50, 256, 1536, 'raw'), (50, 768, 512, 'turned'),
-        (200, 256, 1536, ''), (200, 512, 1536, 'pair'))
+        (50, 2304, 1536, 'pair'), (50, 1024, 3072, 'raw'), (50, 2560, 512, 'turned'),
+        (50, 2304, 1536, ''), (200, 256, 1536, ''), (200, 512, 1536, 'pair'),
+        (200, 1280, 512, 'turned'))
     for kind in ('w8a8', 'w4a8'):
         for m, n, k, follows in shapes:
             shape = gpu_tune.Shape(m, n, k, kind, follows)
             products = gpu_tune.Products(shape, bench, 1)
             wanted = products.wanted()
             first: dict[int, Tile] = {}
-            for tile in tiles.candidates(products.problem, launch.chip_of(bench.device)):
+            chip = launch.chip_of(bench.device)
+            for tile in tiles.candidates(products.problem, chip):
                 if tile.split == 1 or follows == 'raw':
                     first.setdefault(tile.bulk, tile)
+            if len(first) <= chip.bulk + tiles.overlaps(products.problem, chip):
+                raise RuntimeError(f'{shape}: of some kind no tile would be checked')
             for bulk, tile in first.items():
                 call = gpu_tune.Call(shape, tile, bench.dtype, bench.device)
                 name = f'{follows or "product"} {kind} {m}x{n}x{k} {BULKS[bulk]}'

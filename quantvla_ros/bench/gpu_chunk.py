@@ -185,7 +185,7 @@ def chunks(bench: Bench) -> dict[str, Any]:
             if bench.deadline.left_s() < 30:
                 print(f'  {setting.name} {precision.name}: not measured, the time is up')
                 continue
-            known = tiles.early(precision.kind, chip)
+            known = tiles.early(precision.kind, chip, setting.family)
             tried_too = whole and chip.hopper and precision in PRECISIONS[:3]
             also = {NOWHERE, LOOP, BOTH} - {known} if tried_too else set()
             for early in (known, *also):
@@ -294,7 +294,7 @@ def main(argument: str) -> int:
     bench = Bench(torch.device('cuda'), False, True, Deadline(600))
     chip = launch.chip_of(bench.device)
     context = bare_context(asked['base'])
-    early = tiles.early(precision.kind, chip)
+    early = tiles.early(precision.kind, chip, setting.family)
     graphs = build(setting, precision, bench, early)
     if asked['warm']:  # only for what it leaves in the cache
         del graphs

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from quantvla_ros.action import ActionChunk
-from quantvla_ros.bench.gpu_chunk import Setting, network
+from quantvla_ros.bench.gpu_chunk import CAMERAS, WORDS_SAID, Setting, network
 from quantvla_ros.bench.gpu_source import Precision, RandomSource
 from quantvla_ros.bench.gpu_time import Bench, Deadline
 from quantvla_ros.bench.ros_policy import ConstantTime
@@ -24,8 +24,6 @@ from quantvla_ros.observation import Observation
 from quantvla_ros.policies.base import PolicySettings
 from quantvla_ros.policies.cuda_engine import Graphs, make_plan
 from quantvla_ros.policies.cuda_parts import early_for
-
-WORDS = 60
 
 
 class RandomPi05(ConstantTime):
@@ -44,8 +42,9 @@ class RandomPi05(ConstantTime):
                               self._bench.dtype, model)
         with torch.inference_mode():
             plan = make_plan('pi05', source, model.config, steps=2 if tiny else 10,
-                             cameras=len(contract.cameras), words=4 if tiny else WORDS,
-                             early=early_for(source.kind, device))
+                             cameras=len(contract.cameras) if tiny else CAMERAS['pi05'],
+                             words=4 if tiny else WORDS_SAID['pi05'],
+                             early=early_for(source.kind, device, 'pi05'))
             plan.inputs.words.normal_()
             plan.inputs.length.fill_(plan.capacity)
             self._graphs = Graphs(plan, device)
@@ -58,7 +57,8 @@ class RandomPi05(ConstantTime):
         side = i.images.shape[-1]
         frames = np.stack([image[:side, :side] for image in observation.images.values()])
         with self._graphs.running():
-            i.images.copy_(torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()))
+            # a camera that the robot lacks stays black, and is computed as the others are
+            i.images[:len(frames)].copy_(torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()))
             self._graphs.prefix()
         return noted
 

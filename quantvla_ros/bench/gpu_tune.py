@@ -41,11 +41,12 @@ PI05 = (
     (50, 1024, 4096, ''), (50, 2560, 1024, ''), (50, 1024, 2048, ''),
     (768, 4304, 1152, ''), (768, 1152, 4304, ''), (768, 3456, 1152, ''),
     (768, 1152, 1152, ''), (968, 2560, 2048, ''), (968, 2048, 2048, ''),
+    (968, 16384, 2048, ''), (50, 4096, 1024, ''), (50, 2048, 1024, ''),
 )
 TEN = (
     (10, 8192, 1024, 'pair'), (10, 1024, 4096, 'raw'), (10, 2560, 1024, 'turned'),
     (10, 1024, 2048, 'raw'), (10, 4096, 1024, 'gated'), (10, 1024, 4096, ''),
-    (10, 2560, 1024, ''), (10, 1024, 2048, ''),
+    (10, 2560, 1024, ''), (10, 1024, 2048, ''), (10, 4096, 1024, ''),
 )
 GROOT = (
     (49, 4608, 1536, ''), (49, 6144, 1536, ''), (49, 1536, 6144, 'raw'),
@@ -54,11 +55,14 @@ GROOT = (
     (560, 4096, 2048, ''), (560, 2048, 2048, ''), (560, 8192, 2048, ''), (560, 2048, 8192, ''),
     (560, 24576, 2048, ''), (560, 6144, 2048, ''), (512, 2048, 1152, ''),
     (49, 1536, 6144, ''), (49, 1536, 1536, ''), (560, 6144, 2048, 'gated'),
+    (560, 1024, 2048, ''), (560, 1536, 2048, ''),
 )
-ALONE = ((1, 4096, 4096, ''), (1, 11008, 4096, ''), (1, 4096, 11008, ''))
+ALONE = ((1, 4096, 4096, ''), (1, 11008, 4096, ''), (1, 4096, 11008, ''),
+         (1, 16384, 2048, ''))
 SHAPES = (('pi05', PI05), ('groot_n15', GROOT), ('pi05', TEN), ('openvla', ALONE))
 WAY_OF = {'pair': 'pair', 'turned': 'turn', 'raw': 'raw'}  # tuned where asked for
 HEAD = 256
+KNOWN = 3  # tokens that were turned before
 PART_US = 0.15  # what the norm behind a raw product spends on each split, about
 DRY = ((5, 96, 256, ''),)
 CPU = torch.device('cpu')
@@ -103,6 +107,21 @@ def capability(bench: Bench) -> int:
     return 10 * major + minor
 
 
+def angles(positions: int, device: torch.device) -> Tensor:
+    """Some angle for every position and pair of a head's columns."""
+    pair = torch.arange(1, HEAD // 2 + 1, device=device)
+    return torch.arange(positions, device=device)[:, None] * (pair / HEAD)
+
+
+def turned(y: Tensor) -> Tensor:
+    """Queries, keys and values (M, N), all but the last head turned by their positions."""
+    heads = y.unflatten(1, (-1, 2, HEAD // 2))
+    angle = angles(KNOWN + len(y), y.device)[KNOWN:, None].double()
+    (a, b), c, s = heads[:, :-1].unbind(2), angle.cos(), angle.sin()
+    both = torch.stack([a * c - b * s, b * c + a * s], 2)
+    return torch.cat([both, heads[:, -1:]], 1).flatten(1)
+
+
 class Call:
     """One product of a shape as a plan would launch it, with its outputs."""
 
@@ -115,10 +134,10 @@ class Call:
             kind = torch.float32 if shape.group else torch.int32
             self.out = torch.empty(tile.split, shape.m, n, dtype=kind, device=device)
         self.workspace = Workspace(device)
-        k, v = (torch.empty(shape.m, HEAD, dtype=dtype, device=device) for _ in range(2))
-        none = torch.zeros(shape.m, HEAD // 2, device=device)
-        self.turn = Turned(1.0 + none, none, k, v, shape.n - 2 * HEAD, shape.n - HEAD,
-                           torch.zeros(1, dtype=torch.int32, device=device))
+        k, v = (torch.empty(KNOWN + shape.m, HEAD, dtype=dtype, device=device) for _ in range(2))
+        angle = angles(KNOWN + shape.m, device)
+        self.turn = Turned(angle.cos(), angle.sin(), k, v, shape.n - 2 * HEAD, shape.n - HEAD,
+                           torch.full((1,), KNOWN, dtype=torch.int32, device=device))
 
     def run(self, tokens: Tokens, weight: DeviceWeight, up: DeviceWeight | None) -> None:
         """Launch, or only compile."""
@@ -136,10 +155,16 @@ class Call:
             launch.run_product(tokens, weight, self.out, self.workspace, epilogue_of(up),
                                tile=self.tile, pdl=self.shape.early, ahead=self.ahead)
 
+    def poison(self) -> None:
+        """Fill what is to be written with what no product gives."""
+        self.out.fill_(torch.nan if self.out.is_floating_point() else -(1 << 30))
+        self.turn.k_out.fill_(torch.nan)
+        self.turn.v_out.fill_(torch.nan)
+
     def seen(self, tokens: Tokens, weight: DeviceWeight) -> Tensor:
         """What came out, as Products.wanted has it."""
         if self.shape.follows == 'turned':
-            return torch.cat([self.out, self.turn.k_out, self.turn.v_out], 1)
+            return torch.cat([self.out, self.turn.k_out[KNOWN:], self.turn.v_out[KNOWN:]], 1)
         if self.shape.follows != 'raw':
             return self.out
         assert tokens.scale is not None
@@ -172,8 +197,9 @@ class Products:
         """What the first pair gives, in float64."""
         weight, second = self.pairs[0]
         y = gpu_gemm.exact(self.tokens, weight)
-        if self.shape.follows == 'turned':  # by nothing
-            return y[:, pair_order(self.shape.n, self.shape.n, HEAD).argsort().to(y.device)]
+        if self.shape.follows == 'turned':
+            order = pair_order(self.shape.n, self.shape.n, HEAD)
+            return turned(y[:, order.argsort().to(y.device)])
         if self.shape.follows == 'pair':
             gate, up = (part.flatten(1) for part in y.unflatten(1, (-1, 2, 8)).unbind(2))
             return torch.nn.functional.gelu(gate, approximate='tanh') * up
@@ -184,7 +210,7 @@ class Products:
 
     def error(self, call: Call, wanted: Tensor) -> float:
         """How far a call is from what it should give, on an output that was poisoned."""
-        call.out.fill_(torch.nan if call.out.is_floating_point() else -(1 << 30))
+        call.poison()
         call.run(self.tokens, *self.pairs[0])
         return relative(call.seen(self.tokens, self.pairs[0][0]), wanted)
 

@@ -36,7 +36,7 @@ def compare(bench: Bench) -> dict[str, Any]:
     base = min(floats)
     print(f'  {setting.name}: the best bfloat16 takes {base:.3f} ms')
     for precision in PRECISIONS:
-        early = tiles.early(precision.kind, chip)
+        early = tiles.early(precision.kind, chip, setting.family)
         times = {some: _one(bench, precision, some, early, found, base) for some in SETS}
         best = min(times, key=lambda some: times[some])
         print(f'  {precision.name}: fastest with {" ".join(best) or "none"}')

@@ -163,7 +163,7 @@ class CudaEngine:
         try:
             plan = make_plan(self.family, source, self.model.config,
                              steps=len(self.conditions), cameras=cameras, words=self.words,
-                             early=early_for(source.kind, self.device))
+                             early=early_for(source.kind, self.device, self.family))
             self.graphs = Graphs(plan, self.device)
         except torch.cuda.OutOfMemoryError as error:
             raise ValueError(

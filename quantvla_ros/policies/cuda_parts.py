@@ -372,9 +372,9 @@ def gains(source: Source, name: str) -> Tensor:
     return source.value(name).float().contiguous()
 
 
-def early_for(source_kind: str, device: torch.device) -> Early:
+def early_for(source_kind: str, device: torch.device, family: str) -> Early:
     """Where launches overlap, by what was measured on the chip."""
     if device.type != 'cuda':
         return Early()
-    return tiles.early(source_kind, launch.chip_of(device))
+    return tiles.early(source_kind, launch.chip_of(device), family)
 

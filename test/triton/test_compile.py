@@ -38,6 +38,7 @@ if overlapped.HERE:
               for *shape, tile, follows, pdl in (
                   (560, 2048, 6144, (64, 64, 128, 3, 4, 1), '', False),
                   (968, 32768, 2048, (128, 128, 64, 4, 8, 1), 'pair', False),
+                  (50, 2560, 1024, (64, 64, 128, 4, 4, 1), 'turned', True),
                   (49, 1536, 6144, (64, 64, 128, 6, 4, 4), 'raw', True))]
 
 # an H100 ran this split fastest all the same: 8.1 us, the next one 13.5
@@ -94,7 +95,7 @@ def test_overlapped_is_for_hopper():
     assert tiles.fit(tile, many, HOPPER) == tile
     for problem, chip in ((many, ORIN), (many, Chip('sm_100', 148)),
                           (Problem(8, 560, 2048, 2048, 128, 128), HOPPER),
-                          (Problem(8, 560, 2048, 2048, follows='turned'), HOPPER)):
+                          (Problem(8, 560, 2048, 2048, follows='gated'), HOPPER)):
         assert tiles.fit(tile, problem, chip).bulk < tiles.OVERLAPPED
 
 

@@ -77,9 +77,9 @@ def _run(
     t = tile or choose(problem_of(weight, rows, follows), chip_of(out.device))
     if follows != 'raw':
         t = replace(t, split=1)
-    if follows != 'turned' and launch_overlapped.can(t):
+    if launch_overlapped.can(t, turn):
         launch_overlapped.run_overlapped(tokens, weight, out, Epilogue(bias, act), t,
-                                         follows=follows, pdl=pdl, ahead=ahead)
+                                         follows=follows, turn=turn, pdl=pdl, ahead=ahead)
         return
     x, w = tokens.data, weight.data
     if t.bulk:

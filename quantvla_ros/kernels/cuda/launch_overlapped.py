@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,10 +19,14 @@ from quantvla_ros.kernels.cuda.launch import (
 from quantvla_ros.kernels.cuda.pack import DeviceWeight
 from quantvla_ros.kernels.cuda.tiles import OVERLAPPED, Tile
 
+if TYPE_CHECKING:
+    from quantvla_ros.kernels.cuda.launch_fused import Turned
 
-def can(tile: Tile) -> bool:
-    """Whether a tile asks for this kernel, and this Triton has what it is written in."""
-    return tile.bulk == OVERLAPPED and kernels.HERE
+
+def can(tile: Tile, turn: Turned | None = None) -> bool:
+    """Whether a tile asks for this kernel, lies in one head, and this Triton can compile it."""
+    whole = turn is None or 2 * turn.cosine.shape[-1] % tile.bn == 0
+    return tile.bulk == OVERLAPPED and kernels.HERE and whole
 
 
 @lru_cache(maxsize=64)
@@ -32,19 +36,19 @@ def shared(rows: int, columns: int) -> Any:
 
 
 @lru_cache(maxsize=64)
-def distributed(bm: int, bn: int, warps: int, pair: bool) -> tuple[Any, Any]:
+def distributed(bm: int, bn: int, warps: int, halves: bool) -> tuple[Any, Any]:
     """How threads hold a tile of sums, and how they store it: 16 bytes each, along rows of W."""
-    gl, rows = kernels.gl, bn // 2 if pair else bn
+    gl, rows = kernels.gl, bn // 2 if halves else bn
     along = min(32, rows // 8)
-    return (gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, bm, 32]),
+    return (gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, min(bm, 128), 32]),
             gl.BlockedLayout([8, 1], [along, 32 // along], [1, warps], [0, 1]))
 
 
 def run_overlapped(
     tokens: Tokens, weight: DeviceWeight, out: Tensor, epilogue: Epilogue, tile: Tile,
-    *, follows: str = '', pdl: bool = False, ahead: bool = False,
+    *, follows: str = '', turn: Turned | None = None, pdl: bool = False, ahead: bool = False,
 ) -> None:
-    """out (M, N) = epilogue(tokens W^T). follows: '', 'pair' or 'raw', as in launch_fused."""
+    """out (M, N) = epilogue(tokens W^T). follows, turn: as in launch_fused, or ''."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     e, none, t = epilogue, nothing(out.device), tile
@@ -53,13 +57,19 @@ def run_overlapped(
                              shared(block, t.bk))
             for data, block in ((tokens.data, t.bm), (weight.data, t.bn)))
     pair, grid = follows == 'pair', (-(-rows // t.bm) * -(-n // t.bn), t.split)
-    mma, store = distributed(t.bm, t.bn, t.warps, pair)
+    mma, store = distributed(t.bm, t.bn, t.warps, pair or turn is not None)
     started(kernels.overlapped, grid, ahead)(
         x, tokens.scale, w, weight.scales, e.bias if e.bias is not None else none,
         e.gate if e.gate is not None else none,
-        e.residual if e.residual is not None else none, out, rows, n, weight.padded[1],
-        out.stride(-2), BITS=weight.bits, PACK=weight.pack, PAIR=pair,
-        RAW=follows == 'raw', ACT=e.act,
+        e.residual if e.residual is not None else none, out,
+        turn.cosine if turn else none, turn.sine if turn else none,
+        turn.length if turn and turn.length is not None else none,
+        turn.k_out if turn else none, turn.v_out if turn else none,
+        rows, n, weight.padded[1], out.stride(-2), turn.k_out.stride(-2) if turn else 0,
+        turn.v_out.stride(-2) if turn else 0, BITS=weight.bits, PACK=weight.pack, PAIR=pair,
+        RAW=follows == 'raw', ACT=e.act, TURN=turn.cosine.shape[-1] if turn else 0,
+        QUERIES=turn.queries if turn else 0, VALUES=turn.values if turn else 0,
+        LENGTH=turn is not None and turn.length is not None,
         BIAS=e.bias is not None, GATE=e.gate is not None, RESIDUAL=e.residual is not None,
         BM=t.bm, BN=t.bn, BK=t.bk, STAGES=t.stages, SPLIT=t.split, PDL=pdl, MMA=mma, STORE=store,
         num_warps=t.warps, **launched(pdl),

@@ -144,16 +144,19 @@ def fused_case(bits: int, m: int, n: int, kp: int, follows: str, chip: Chip,
 def overlapped_case(bits: int, m: int, n: int, kp: int, tile: Tile, *, follows: str = '',
                     pdl: bool = False) -> Case:
     """The product whose steps overlap; sm_90 alone."""
-    pair, raw = follows == 'pair', follows == 'raw'
-    mma, store = launch_overlapped.distributed(tile.bm, tile.bn, tile.warps, pair)
+    pair, raw, turn = follows == 'pair', follows == 'raw', 128 if follows == 'turned' else 0
+    mma, store = launch_overlapped.distributed(tile.bm, tile.bn, tile.warps, pair or turn > 0)
     shared = [(rows, launch_overlapped.shared(rows, tile.bk)) for rows in (tile.bm, tile.bn)]
     x, w = (f'tensordesc<i8[{rows}, {tile.bk}],{layout!r}>' for rows, layout in shared)
-    types = {'x': x, 'w': w, **dict.fromkeys(('sx', 'sw', 'bias', 'gate'), '*fp32'),
+    floats, turned = ('sx', 'sw', 'bias', 'gate'), ('k_stride', 'v_stride')
+    types = {'x': x, 'w': w, **dict.fromkeys((*floats, 'cosine', 'sine'), '*fp32'),
              'residual': '*bf16', 'out': '*i32' if raw else '*bf16',
-             **dict.fromkeys(('M', 'N', 'KP', 'out_stride'), 'i32')}
+             **dict.fromkeys(('k_out', 'v_out'), '*bf16'), 'length': '*i32',
+             **dict.fromkeys(('M', 'N', 'KP', 'out_stride', *turned), 'i32')}
     constants = {'BITS': bits, 'PACK': 256 if kp % 256 == 0 else 128, 'PAIR': pair, 'RAW': raw,
-                 'ACT': 'gelu_tanh', 'BIAS': not pair, 'GATE': False, 'RESIDUAL': not pair,
-                 'SPLIT': tile.split,
+                 'ACT': 'gelu_tanh', 'BIAS': not pair, 'GATE': False, 'RESIDUAL': not follows,
+                 'SPLIT': tile.split, 'TURN': turn, 'QUERIES': n - 4 * turn,
+                 'VALUES': n - 2 * turn, 'LENGTH': turn > 0,
                  'BM': tile.bm, 'BN': tile.bn, 'BK': tile.bk, 'STAGES': tile.stages, 'PDL': pdl,
                  'MMA': mma, 'STORE': store}
     name = (f'w{bits}a8{follows and "-" + follows} {m}x{n}x{kp} {tile.bm}/{tile.bn}/{tile.bk} '
@@ -223,6 +226,7 @@ def cases(chip: Chip) -> Iterator[Case]:
             tile = Tile(128, 128, 128, stages, 8, 1, OVERLAPPED)
             yield overlapped_case(bits, 968, 2048, 16384, tile)
             yield overlapped_case(bits, 968, 32768, 2048, tile, follows='pair')
+            yield overlapped_case(bits, 968, 2560, 2048, tile, follows='turned')
     for bits in (8, 4):
         yield fused_case(bits, 50, 8192, 1024, 'pair', chip)
         yield fused_case(bits, 50, 2560, 1024, 'turned', chip)

@@ -166,7 +166,7 @@ def widest(problem: Problem) -> int:
 
 def overlaps(problem: Problem, chip: Chip) -> bool:
     """Whether overlapped.py has a kernel for it."""
-    return chip.hopper and not problem.group and problem.follows in ('', 'pair', 'raw')
+    return chip.hopper and not problem.group and problem.follows != 'gated'
 
 
 def fit(tile: Tile, problem: Problem, chip: Chip) -> Tile:
@@ -217,8 +217,8 @@ def candidates(problem: Problem, chip: Chip) -> list[Tile]:
 # bm, bn, warps, bk and numbers of stages that overlapped.py's many tokens are tried with, by bits:
 # what an H100 chose for one shape or another, and what lies beside it
 MANY: dict[int, tuple[tuple[int, int, int, int, tuple[int, ...]], ...]] = {
-    8: ((128, 128, 8, 128, (3, 4, 6)), (128, 64, 4, 128, (3, 4, 6)), (64, 128, 4, 128, (3, 4, 6)),
-        (64, 128, 8, 128, (3,)), (64, 64, 4, 128, (3, 4, 6))),
+    8: ((256, 128, 8, 128, (4,)), (128, 128, 8, 128, (3, 4, 6)), (128, 64, 4, 128, (3, 4, 6)),
+        (64, 128, 4, 128, (3, 6)), (64, 128, 8, 128, (3,)), (64, 64, 4, 128, (3, 4, 6))),
     4: ((128, 128, 8, 64, (3, 4)), (128, 128, 8, 128, (3, 4)), (128, 64, 4, 64, (3, 4, 6)),
         (64, 128, 4, 64, (3,)), (64, 128, 8, 128, (3,)), (64, 64, 4, 64, (4,)),
         (64, 64, 4, 128, (3,))),
@@ -290,7 +290,11 @@ def ways(chip: Chip) -> frozenset[str]:
     return frozenset(stored().get(chip.name, {}).get('ways', ())) | _asked
 
 
-def early(kind: str, chip: Chip) -> Early:
-    """What was measured to be faster for networks of a kind ('w8a8', 'float')."""
-    graphs = stored().get(chip.name, {}).get('early', {}).get(kind, ())
+def early(kind: str, chip: Chip, family: str = '') -> Early:
+    """What was measured to be faster for networks of a kind ('w8a8', 'float').
+
+    A family has an entry of its own ('groot_n15 w8a8') where it differs.
+    """
+    entries = stored().get(chip.name, {}).get('early', {})
+    graphs = entries.get(f'{family} {kind}', entries.get(kind, ()))
     return Early('prefix' in graphs, 'loop' in graphs)
