@@ -89,6 +89,10 @@ class ObservationBuilder:
         poses = self._poses
         return poses[-1] if poses else None
 
+    def shown_ns(self) -> int:
+        """Return when the oldest of the newest pictures was taken, 0 before there is one."""
+        return min((stamp for _, stamp in list(self._cameras.values())), default=0)
+
     def missing(self) -> tuple[str, ...]:
         """Name every input that has not come yet, with its topic."""
         found = [

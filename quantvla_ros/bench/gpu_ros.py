@@ -36,20 +36,12 @@ def serve(bench: Bench) -> dict[str, Any]:
 
 def _one(precision: str) -> dict[str, Any]:
     from quantvla_ros.bench import ros
-    from quantvla_ros.bench.ros_policy import first_commands
 
     with ros.Node(precision, 0.0, START_S + SECONDS, 'random_pi05', 'cuda') as node:
         state = node.state_at_the_end()
         commands = ros.answer(node.robot)['commands']
         notes = node.notes()
-    if not commands or not notes:
-        raise ValueError(f'the policy node sent no command; its status was {state}')
+    found = ros.seen_to_told(notes, commands, state, f'{precision}: ')
     chunk = ros.percentiles([(n['end_ns'] - n['start_ns']) / 1e6 for n in notes])
-    wire = ros.percentiles([(when - note['start_ns']) / 1e6 + note['picture_age_ms']
-                            for note, when in first_commands(notes, commands)])
-    age = ros.percentiles([n['picture_age_ms'] for n in notes])
-    ros.say(f'{precision}: age of a picture that begins one', age, 'ms')
     ros.say(f'{precision}: chunk in the node', chunk, 'ms')
-    ros.say(f'{precision}: picture to command', wire, 'ms')
-    return {'picture_age_ms': age, 'chunk_ms': chunk, 'picture_to_command_ms': wire,
-            'inference_ms': state['inference']}
+    return {**found, 'chunk_ms': chunk, 'inference_ms': state['inference']}

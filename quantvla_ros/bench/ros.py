@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`quantvla bench ros`: what the graph costs, measured over real DDS between real processes.
 
-Sections: frames, overhead, jitter, cpu, soak. Each prints goal and figure; --json keeps them.
+Sections: frames, overhead, reaction, jitter, cpu, soak. Each prints goal and figure, and --json
+keeps them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from quantvla_ros.resources import share_path
 
 Figures = dict[str, Any]
 SLEEP_S = 0.05
+QUICK_S = 0.012  # a chunk of a large policy on a GPU
 WARM_S = 6.0  # from start to a node that moves
 
 
@@ -231,6 +233,32 @@ def overhead(seconds: float) -> Figures:
     return found
 
 
+def reaction(seconds: float) -> Figures:
+    """Measure how old what is seen is when the arm is told of it, with a quick policy."""
+    with Node('sleep', QUICK_S, seconds) as node:
+        state = node.state_at_the_end()
+        commands = answer(node.robot)['commands']
+        notes = node.notes()
+    return seen_to_told(notes, commands, state)
+
+
+def seen_to_told(
+    notes: list[Figures], commands: list[tuple[int, float]], state: Figures, name: str = ''
+) -> Figures:
+    """Print and return a picture's age when a chunk begins, and when a command is made of it."""
+    if not commands or not notes:
+        raise ValueError(f'the policy node sent no command; its status was {state}')
+    found = {
+        'picture_age_ms': percentiles([note['picture_age_ms'] for note in notes]),
+        'picture_to_command_ms': percentiles([
+            (when - note['start_ns']) / 1e6 + note['picture_age_ms']
+            for note, when in first_commands(notes, commands)]),
+    }
+    say(f'{name}picture when a chunk begins', found['picture_age_ms'], 'ms old')
+    say(f'{name}picture to command', found['picture_to_command_ms'], 'ms')
+    return found
+
+
 def jitter(seconds: float) -> Figures:
     """Measure the lateness of the control tick while inference keeps a core busy."""
     with Node('busy', 0.09, seconds) as node:
@@ -276,7 +304,8 @@ def soak(seconds: float) -> Figures:
 
 
 SECTIONS: dict[str, Callable[[float], Figures]] = {
-    'frames': frames, 'overhead': overhead, 'jitter': jitter, 'cpu': cpu, 'soak': soak,
+    'frames': frames, 'overhead': overhead, 'reaction': reaction, 'jitter': jitter, 'cpu': cpu,
+    'soak': soak,
 }
 
 

@@ -3,7 +3,8 @@
 
 The thread loads the policy, warms it up and serves it: nothing else ever calls a policy. It is a
 daemon that can be left behind when foreign code hangs. A chunk is computed while the one before
-executes; the control thread asks with a call that never waits.
+executes; who has news asks with a call that never waits. An inference that will soon be due begins
+with the pictures that just came, and one that is due waits for those that are about to come.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ class InferenceSettings:
 class Inference:
     """Makes chunks from the newest observation and hands them to guard and player.
 
-    poke and overdue are for the control thread, new_episode and cancel for the executor; _infer
-    runs in the inference thread.
+    poke and overdue are for the control thread, poke, new_episode and cancel for the executor;
+    _infer runs in the inference thread.
     """
 
     def __init__(
@@ -137,7 +138,11 @@ class Inference:
         self._fresh_start = True
         self._began_ns = 0  # header time at which the last inference began
         self._next_ns = 0  # header time at which the next inference is due
+        self._shown_ns = 0  # when the newest pictures were taken, when they came (header time),
+        self._came_ns = 0
+        self._period_ns = 0  # and how long after the ones before
         self._pending: Job | None = None
+        self._poking = threading.Lock()
 
     def new_episode(self) -> None:
         """Forget the chunk that is being computed and start again at once."""
@@ -154,8 +159,23 @@ class Inference:
         return self._pending is None or self._pending.done.is_set()
 
     def poke(self, now_ns: int) -> None:
-        """Start an inference when one is due; never waits."""
-        if self.idle() and now_ns >= self._next_ns:
+        """Start an inference when one is due; never waits, not even for another who does this."""
+        if self._poking.acquire(blocking=False):
+            try:
+                self._poke(now_ns)
+            finally:
+                self._poking.release()
+
+    def _poke(self, now_ns: int) -> None:
+        shown_ns, due_ns = self._builder.shown_ns(), self._next_ns
+        margin_ns = round(self.settings.margin_s * NS_PER_S)
+        if shown_ns != self._shown_ns:
+            self._period_ns = max(0, shown_ns - self._shown_ns)
+            self._shown_ns, self._came_ns = shown_ns, now_ns
+            due_ns -= min(self._period_ns, margin_ns)
+        elif 0 < self._came_ns + self._period_ns - due_ns < margin_ns // 2:
+            due_ns += margin_ns // 2
+        if self.idle() and now_ns >= due_ns:
             episode = self._episode
             self._pending = self._thread.submit(lambda: self._infer(episode))
 

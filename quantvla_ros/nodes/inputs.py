@@ -75,6 +75,7 @@ class Inputs:
         self._freshness: Freshness | None = None
         self._subscriptions: list[Any] = []
         self.on_instruction: Callable[[str], None] = lambda text: None
+        self.on_picture: Callable[[], None] = lambda: None
         self.rates: dict[str, RateMeter] = {}
         for camera in contract.cameras:
             self._subscribe_camera(camera)
@@ -132,6 +133,7 @@ class Inputs:
             lambda: self._builder.put_camera(name, message),
             lambda: frame_digest(np.frombuffer(message.data, np.uint8)),
         )
+        self.on_picture()
 
     def _joints(self, message: Any) -> None:
         self._note(JOINTS, lambda: self._builder.put_joints(message), lambda: None)

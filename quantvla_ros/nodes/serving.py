@@ -137,6 +137,7 @@ class Serving:
         )
         self.inference.speed_scale = lambda: self.limiter.speed_scale
         exchange.resume = self.enable
+        self.inputs.on_picture = self._picture_came
         exchange.serve(self.inference, self._observe)
         self.shadowing = Shadowing(
             self.thread, self.inference, self.limiter, exchange.reference, time.monotonic)
@@ -313,6 +314,11 @@ class Serving:
             self._send(setpoint)
         if guard.state is State.RUNNING:
             inference.poke(now_ns)
+
+    def _picture_came(self) -> None:
+        """Let what is soon due begin with it now, in the executor, and not at the next tick."""
+        if self.inference is not None and self.guard.state is State.RUNNING:
+            self.inference.poke(self.clock.now_ns())
 
     def _send(self, setpoint: Setpoint) -> None:
         if self.dry_run:

@@ -106,10 +106,14 @@ def test_oldest_of_the_pictures_decides():
     two = {**CONTRACT, 'cameras': {**CONTRACT['cameras'], 'wrist': {
         'topic': 'wrist', 'width': 4, 'height': 2, 'policy': {'width': 2, 'height': 2}}}}
     builder = ObservationBuilder(parse_contract(two))
+    assert builder.shown_ns() == 0
     fill(builder)
     builder.put_joints(joint_state(0.0, 0.0, 90))
     builder.put_camera('wrist', picture(1, 95))
     assert builder.build().joint_stamp_ns == 40
+    assert builder.shown_ns() == 30
+    builder.put_camera('front', picture(7, 96))
+    assert builder.shown_ns() == 95
 
 
 def test_poses_are_kept_for_a_while_and_none_from_before_a_clock_went_back(builder):

@@ -37,6 +37,10 @@ class Script:
         self.stops, self.merged, self.seeds, self.resets, self.prefixes = [], [], [], 0, []
         self.refusals = []
         self.plan = object()
+        self.pictures_ns = 0
+
+    def shown_ns(self):
+        return self.pictures_ns
 
     def build(self):
         return seen_at(self.clock.now_ns())
@@ -122,6 +126,79 @@ def chunks_after(inference, script, thread, *seconds):
         settle(thread)
         found.append(len(script.merged))
     return found
+
+
+def begins_s(inference, script, thread, *, period_s, until_s=10.0):
+    """After how many seconds the second inference begins, with pictures every so often."""
+    start_ns, step_ns = script.clock.now_ns(), 20_000_000
+    for number in range(20):
+        if number * step_ns % round(period_s * NS_PER_S) == 0 and number * 0.02 < until_s:
+            script.pictures_ns = script.clock.now_ns()
+        inference.poke(script.clock.now_ns())
+        settle(thread)
+        if len(script.merged) == 2:
+            break
+        script.clock.advance(0.02)
+    return (script.clock.now_ns() - start_ns) / NS_PER_S
+
+
+@pytest.mark.parametrize(('period_s', 'second_s'), [
+    (0.04, 0.28),  # due after 0.3 s, when they would be half a period old
+    (0.06, 0.24),  # the next would come when it is due
+    (0.14, 0.28),
+    (0.22, 0.22),
+    (0.24, 0.24),
+    (10.0, 0.3),  # none come: at the time, with old ones
+])
+def test_an_inference_that_is_soon_due_begins_with_pictures_that_just_came(
+    thread, script, period_s, second_s
+):
+    assert begins_s(make(thread, script), script, thread, period_s=period_s) == second_s
+
+
+def test_no_inference_begins_earlier_than_the_margin_allows(thread, script):
+    assert begins_s(make(thread, script), script, thread, period_s=0.18) == 0.3
+
+
+def test_an_inference_that_is_due_waits_for_pictures_that_are_about_to_come(thread, script):
+    assert begins_s(make(thread, script), script, thread, period_s=0.16) == 0.32
+
+
+def test_for_pictures_that_do_not_come_it_waits_half_of_the_margin(thread, script):
+    inference = make(thread, script)
+    assert begins_s(inference, script, thread, period_s=0.16, until_s=0.3) == 0.36
+
+
+def test_two_threads_poke_and_one_inference_begins(thread, script):
+    inference = make(thread, script)
+    at_once = threading.Barrier(2)
+
+    def slowly():
+        time.sleep(0.05)
+        return True
+
+    def poke():
+        at_once.wait(PATIENCE_S)
+        inference.poke(script.clock.now_ns())
+
+    inference.idle = slowly
+    others = [threading.Thread(target=poke) for _ in range(2)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join(PATIENCE_S)
+    settle(thread)
+    assert len(script.merged) == 1
+
+
+def test_pictures_of_a_clock_that_went_back_start_nothing(thread, script):
+    inference = make(thread, script)
+    for stamp_ns in (20 * NS_PER_S, 10 * NS_PER_S):
+        script.pictures_ns = stamp_ns
+        inference.poke(script.clock.now_ns())
+        settle(thread)
+        script.clock.advance(0.25)
+    assert len(script.merged) == 1
 
 
 def test_late_pictures_do_not_make_inference_run_without_a_pause(thread, script):
