@@ -168,13 +168,16 @@ class Inference:
 
     def _poke(self, now_ns: int) -> None:
         shown_ns, due_ns = self._builder.shown_ns(), self._next_ns
-        margin_ns = round(self.settings.margin_s * NS_PER_S)
-        if shown_ns != self._shown_ns:
+        came = shown_ns != self._shown_ns
+        if came:
             self._period_ns = max(0, shown_ns - self._shown_ns)
             self._shown_ns, self._came_ns = shown_ns, now_ns
-            due_ns -= min(self._period_ns, margin_ns)
-        elif 0 < self._came_ns + self._period_ns - due_ns < margin_ns // 2:
-            due_ns += margin_ns // 2
+        # as often early as late, so that no more inferences are made than before
+        slack_ns = min(self._period_ns, round(self.settings.margin_s * NS_PER_S)) // 2
+        if came:
+            due_ns -= slack_ns
+        elif 0 < self._came_ns + self._period_ns - due_ns < slack_ns:
+            due_ns += slack_ns
         if self.idle() and now_ns >= due_ns:
             episode = self._episode
             self._pending = self._thread.submit(lambda: self._infer(episode))

@@ -98,8 +98,8 @@ POLICY_NODE: tuple[Parameter, ...] = (
     Parameter('inference.timeout_s', 2.0, 's', CONFIGURE,
               'Longest inference on the steady clock; past it the arm stops.', 0.05, 120.0),
     Parameter('inference.margin_s', 0.05, 's', CONFIGURE,
-              'How long before it is needed the next chunk should be ready; up to so much earlier '
-              'or half as much later, to begin with pictures that just came.', 0.0, 2.0),
+              'How long before it is needed the next chunk should be ready; half of it earlier or '
+              'later at most, to begin with pictures that just came.', 0.0, 2.0),
     Parameter('player.seam', 'blend', '', CONFIGURE,
               'How a new chunk takes over: blended, or as the continuation of a prefix that the '
               'policy was given.', allowed=('blend', 'prefix')),

@@ -144,10 +144,10 @@ def begins_s(inference, script, thread, *, period_s, until_s=10.0):
 
 @pytest.mark.parametrize(('period_s', 'second_s'), [
     (0.04, 0.28),  # due after 0.3 s, when they would be half a period old
-    (0.06, 0.24),  # the next would come when it is due
+    (0.06, 0.3),
     (0.14, 0.28),
-    (0.22, 0.22),
-    (0.24, 0.24),
+    (0.24, 0.3),  # too early by more than half of the margin
+    (0.26, 0.26),
     (10.0, 0.3),  # none come: at the time, with old ones
 ])
 def test_an_inference_that_is_soon_due_begins_with_pictures_that_just_came(
@@ -156,12 +156,14 @@ def test_an_inference_that_is_soon_due_begins_with_pictures_that_just_came(
     assert begins_s(make(thread, script), script, thread, period_s=period_s) == second_s
 
 
-def test_no_inference_begins_earlier_than_the_margin_allows(thread, script):
-    assert begins_s(make(thread, script), script, thread, period_s=0.18) == 0.3
-
-
-def test_an_inference_that_is_due_waits_for_pictures_that_are_about_to_come(thread, script):
-    assert begins_s(make(thread, script), script, thread, period_s=0.16) == 0.32
+@pytest.mark.parametrize(('period_s', 'second_s'), [
+    (0.16, 0.32),
+    (0.18, 0.3),  # longer than half of the margin
+])
+def test_an_inference_that_is_due_waits_for_pictures_that_are_about_to_come(
+    thread, script, period_s, second_s
+):
+    assert begins_s(make(thread, script), script, thread, period_s=period_s) == second_s
 
 
 def test_for_pictures_that_do_not_come_it_waits_half_of_the_margin(thread, script):
