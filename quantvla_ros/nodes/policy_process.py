@@ -175,7 +175,7 @@ class PolicyProcess:
         if 'torch' in sys.modules:
             from quantvla_ros.policies.threads import take_threads
 
-            take_threads(self._settings.threads)
+            take_threads(self._settings.threads, self._settings.device)
 
     def _about(self) -> dict[str, Any]:
         """Return what the caller must know of the policy."""

@@ -201,7 +201,7 @@ class LiberoVla:
         record: bool = False,
     ) -> None:
         if settings.threads:
-            take_threads(settings.threads)
+            take_threads(settings.threads, settings.device)
         if settings.device != 'cpu':
             torch.backends.cudnn.allow_tf32 = False  # float32 means float32, as on the CPU
         self.contract = contract

@@ -53,7 +53,7 @@ class OpenVlaPolicy:
         self, contract: Contract, settings: PolicySettings, install: Install = install
     ) -> None:
         if settings.threads:
-            take_threads(settings.threads)
+            take_threads(settings.threads, settings.device)
         self.contract = contract
         agreement = read_agreement(contract)
         folder = identify(Path(settings.model).expanduser())

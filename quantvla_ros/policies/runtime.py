@@ -66,7 +66,7 @@ class FlowPolicy:
         if not settings.model:
             raise ValueError('model is empty; name the folder of a checkpoint')
         if settings.threads:
-            take_threads(settings.threads)
+            take_threads(settings.threads, settings.device)
         agreement = read_agreement(contract)
         folder = identify(Path(settings.model).expanduser())
         if folder.family not in OPENERS:

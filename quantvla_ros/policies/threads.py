@@ -11,17 +11,19 @@ import torch
 from quantvla_ros.kernels import dispatch
 
 
-def take_threads(count: int) -> None:
+def take_threads(count: int, device: str = 'cpu') -> None:
     """Compute with so many threads from now on, 0 for the library's own choice.
 
     Torch counts for each calling thread: who loads and who serves must both say it, else sums
     come in another order and are other bits. The threads of the kernels are started here and
-    have the caller's priority.
+    have the caller's priority; on a GPU nobody needs them, or misses them where none are built.
     """
-    dispatch.library()
     if count:
         torch.set_num_threads(count)
-        dispatch.set_threads(count)
+    if device == 'cpu':
+        dispatch.library()
+        if count:
+            dispatch.set_threads(count)
 
 
 @contextmanager
