@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantvla_ros.bench import gpu_gemm, gpu_tiny, gpu_tune
+from quantvla_ros.bench import gpu_gemm, gpu_tiny
+from quantvla_ros.bench.gpu_product import Call, Products, Shape
 from quantvla_ros.bench.gpu_time import Bench, relative
 from quantvla_ros.kernels import reference
 from quantvla_ros.kernels.cuda import launch, tiles
@@ -81,18 +82,19 @@ def _followed(bench: Bench) -> dict[str, tuple[float, float]]:
         (200, 1280, 512, 'turned'))
     for kind in ('w8a8', 'w4a8'):
         for m, n, k, follows in shapes:
-            shape = gpu_tune.Shape(m, n, k, kind, follows)
-            products = gpu_tune.Products(shape, bench, 1)
+            shape = Shape(m, n, k, kind, follows)
+            products = Products(shape, bench, 1)
             wanted = products.wanted()
             first: dict[int, Tile] = {}
             chip = launch.chip_of(bench.device)
             for tile in tiles.candidates(products.problem, chip):
                 if tile.split == 1 or follows == 'raw':
                     first.setdefault(tile.bulk, tile)
-            if len(first) <= chip.bulk + tiles.overlaps(products.problem, chip):
+            kinds = 1 + chip.bulk + tiles.overlaps(products.problem, chip)
+            if len(first) < kinds:
                 raise RuntimeError(f'{shape}: of some kind no tile would be checked')
             for bulk, tile in first.items():
-                call = gpu_tune.Call(shape, tile, bench.dtype, bench.device)
+                call = Call(shape, tile, bench.dtype, bench.device)
                 name = f'{follows or "product"} {kind} {m}x{n}x{k} {BULKS[bulk]}'
                 found[name] = products.error(call, wanted), 1e-6 if bench.dry else gpu_gemm.BOUND
     return found

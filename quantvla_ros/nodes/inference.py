@@ -172,7 +172,7 @@ class Inference:
         if came:
             self._period_ns = max(0, shown_ns - self._shown_ns)
             self._shown_ns, self._came_ns = shown_ns, now_ns
-        # as often early as late, so that no more inferences are made than before
+        # as often early as late, so that about as many inferences are made as without pictures
         slack_ns = min(self._period_ns, round(self.settings.margin_s * NS_PER_S)) // 2
         if came:
             due_ns -= slack_ns

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from quantvla_ros.kernels.cuda import launch, launch_fused
 from quantvla_ros.kernels.cuda import launch_attention as attention
-from quantvla_ros.kernels.cuda.launch import Epilogue, Norm, Tokens
+from quantvla_ros.kernels.cuda.launch import Epilogue, Norm, Tokens, Turned
 from quantvla_ros.kernels.cuda.launch_attention import Keys, Turn
-from quantvla_ros.kernels.cuda.launch_fused import Turned
 from quantvla_ros.kernels.cuda.pack import EIGHT, interleaved, pair_of_biases
 from quantvla_ros.policies.blocks import rotary
 from quantvla_ros.policies.cuda_parts import (

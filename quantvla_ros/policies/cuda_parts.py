@@ -26,9 +26,9 @@ from quantvla_ros.kernels.cuda.launch import (
     Norm,
     Take,
     Tokens,
+    Turned,
     Workspace,
 )
-from quantvla_ros.kernels.cuda.launch_fused import Turned
 from quantvla_ros.kernels.cuda.pack import (
     EIGHT,
     DeviceWeight,

@@ -197,3 +197,14 @@ def test_disable_stops_and_enable_starts(moving):
     wait_for_stop(robot, 'disabled')
     assert_silent_and_at_rest(robot, served)
     assert_recovers(robot, served)
+
+
+def test_a_picture_that_comes_is_told_to_the_inference_of_an_arm_that_moves(moving, monkeypatch):
+    robot, served = moving
+    serving, pokers = served.node.serving, set()
+    inference = serving.inference
+    poke = inference.poke
+    monkeypatch.setattr(inference, 'poke', lambda now_ns: (
+        pokers.add(threading.current_thread().name), poke(now_ns)))
+    robot.wait(lambda: len(pokers) > 1, 'a poke by the executor beside that of the control thread')
+    assert 'control' in pokers

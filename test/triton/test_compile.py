@@ -7,8 +7,10 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from quantvla_ros.kernels.cuda import overlapped, resources, tiles
+from quantvla_ros.kernels.cuda import launch_overlapped, overlapped, resources, tiles
+from quantvla_ros.kernels.cuda.launch import Turned
 from quantvla_ros.kernels.cuda.tiles import Chip, Problem, Tile
 
 HOPPER, ORIN = resources.chip(90), resources.chip(87)
@@ -97,6 +99,14 @@ def test_overlapped_is_for_hopper():
                           (Problem(8, 560, 2048, 2048, 128, 128), HOPPER),
                           (Problem(8, 560, 2048, 2048, follows='gated'), HOPPER)):
         assert tiles.fit(tile, problem, chip).bulk < tiles.OVERLAPPED
+
+
+@pytest.mark.skipif(not overlapped.HERE, reason='needs the Gluon of Triton 3.6')
+@pytest.mark.parametrize(('head', 'fits'), [(256, True), (128, True), (96, False), (64, False)])
+def test_overlapped_turns_tiles_that_lie_in_one_head(head, fits):
+    angle, cache = torch.zeros(4, head // 2), torch.zeros(4, head)
+    turn = Turned(angle, angle, cache, cache, 4 * head, 5 * head)
+    assert launch_overlapped.can(Tile(64, 128, 128, 3, 4, 1, tiles.OVERLAPPED), turn) == fits
 
 
 def test_what_does_not_fit_is_told():

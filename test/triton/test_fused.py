@@ -8,9 +8,9 @@ from test_product import on, quantized, wanted
 
 from quantvla_ros.kernels import reference
 from quantvla_ros.kernels.cuda import pack
-from quantvla_ros.kernels.cuda.launch import run_product
+from quantvla_ros.kernels.cuda.launch import Turned, run_product
 from quantvla_ros.kernels.cuda.launch_attention import Turn, run_turn
-from quantvla_ros.kernels.cuda.launch_fused import Turned, run_pair, run_raw, run_turned
+from quantvla_ros.kernels.cuda.launch_fused import run_pair, run_raw, run_turned
 from quantvla_ros.kernels.cuda.tiles import Tile
 
 

@@ -219,6 +219,44 @@ class Epilogue:
 NO_EPILOGUE = Epilogue()
 
 
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """A product of queries, keys and values, rows in pairs (pack.paired): positions and cache.
+
+    cosine, sine float32 (positions, half); k_out, v_out (capacity, groups * width): rows from
+    length[0] on, or from 0. queries, values: where the rows of keys and of values begin.
+    """
+
+    cosine: Tensor
+    sine: Tensor
+    k_out: Tensor
+    v_out: Tensor
+    queries: int
+    values: int
+    length: Tensor | None = None
+
+
+def turn_operands(turn: Turned | None, none: Tensor) -> tuple[Tensor, ...]:
+    """What fused.py and overlapped.py are given of it, or as many that nobody reads."""
+    if turn is None:
+        return (none,) * 5
+    length = none if turn.length is None else turn.length
+    return turn.cosine, turn.sine, length, turn.k_out, turn.v_out
+
+
+def turn_strides(turn: Turned | None) -> tuple[int, int]:
+    """From one row of the cache of keys, and of values, to the next."""
+    return (0, 0) if turn is None else (turn.k_out.stride(-2), turn.v_out.stride(-2))
+
+
+def turn_constants(turn: Turned | None) -> dict[str, Any]:
+    """The constants of such a call."""
+    if turn is None:
+        return {'TURN': 0, 'QUERIES': 0, 'VALUES': 0, 'LENGTH': False}
+    return {'TURN': turn.cosine.shape[-1], 'QUERIES': turn.queries, 'VALUES': turn.values,
+            'LENGTH': turn.length is not None}
+
+
 def problem_of(weight: DeviceWeight, rows: int, follows: str = '') -> Problem:
     """What decides on the tile of a product. follows: see Problem."""
     return Problem(weight.bits, rows, weight.shape[0], weight.padded[1], weight.group,

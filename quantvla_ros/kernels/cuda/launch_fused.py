@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from quantvla_ros.kernels.cuda import launch_overlapped
 from quantvla_ros.kernels.cuda.launch import (
     Epilogue,
     Tokens,
+    Turned,
     chip_of,
     described,
     fetches,
@@ -20,26 +21,12 @@ from quantvla_ros.kernels.cuda.launch import (
     nothing,
     problem_of,
     started,
+    turn_constants,
+    turn_operands,
+    turn_strides,
 )
 from quantvla_ros.kernels.cuda.pack import DeviceWeight
 from quantvla_ros.kernels.cuda.tiles import Tile, choose
-
-
-@dataclass(frozen=True, eq=False)
-class Turned:
-    """A product of queries, keys and values, rows in pairs (pack.paired): positions and cache.
-
-    cosine, sine float32 (positions, half); k_out, v_out (capacity, groups * width): rows from
-    length[0] on, or from 0. queries, values: where the rows of keys and of values begin.
-    """
-
-    cosine: Tensor
-    sine: Tensor
-    k_out: Tensor
-    v_out: Tensor
-    queries: int
-    values: int
-    length: Tensor | None = None
 
 
 def run_pair(
@@ -87,16 +74,11 @@ def _run(
     count = -(-rows // t.bm) * -(-n // t.bn)
     started(kernels.fused, (count, t.split), ahead)(
         x, tokens.scale, w, weight.scales, bias if bias is not None else none, out,
-        turn.cosine if turn else none, turn.sine if turn else none,
-        turn.length if turn and turn.length is not None else none,
-        turn.k_out if turn else none, turn.v_out if turn else none, weight.data,
-        rows, n, weight.padded[1], weight.padded[0], out.stride(-2),
-        turn.k_out.stride(-2) if turn else 0, turn.v_out.stride(-2) if turn else 0,
+        *turn_operands(turn, none), weight.data,
+        rows, n, weight.padded[1], weight.padded[0], out.stride(-2), *turn_strides(turn),
         BITS=weight.bits, GROUP=weight.group, PACK=weight.pack, ACT=act, BIAS=bias is not None,
         BM=t.bm, BN=t.bn, BK=t.bk, SPLIT=t.split, BULK=bool(t.bulk), RAW=follows == 'raw',
-        TURN=turn.cosine.shape[-1] if turn else 0, QUERIES=turn.queries if turn else 0,
-        VALUES=turn.values if turn else 0,
-        LENGTH=turn is not None and turn.length is not None, PDL=pdl,
+        PDL=pdl, **turn_constants(turn),
         FETCH=fetches(rows, pdl, out.device), num_warps=t.warps, num_stages=t.stages,
         **launched(pdl),
     )

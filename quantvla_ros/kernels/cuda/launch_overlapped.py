@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -12,15 +12,16 @@ from quantvla_ros.kernels.cuda import overlapped as kernels
 from quantvla_ros.kernels.cuda.launch import (
     Epilogue,
     Tokens,
+    Turned,
     launched,
     nothing,
     started,
+    turn_constants,
+    turn_operands,
+    turn_strides,
 )
 from quantvla_ros.kernels.cuda.pack import DeviceWeight
 from quantvla_ros.kernels.cuda.tiles import OVERLAPPED, Tile
-
-if TYPE_CHECKING:
-    from quantvla_ros.kernels.cuda.launch_fused import Turned
 
 
 def can(tile: Tile, turn: Turned | None = None) -> bool:
@@ -62,14 +63,9 @@ def run_overlapped(
         x, tokens.scale, w, weight.scales, e.bias if e.bias is not None else none,
         e.gate if e.gate is not None else none,
         e.residual if e.residual is not None else none, out,
-        turn.cosine if turn else none, turn.sine if turn else none,
-        turn.length if turn and turn.length is not None else none,
-        turn.k_out if turn else none, turn.v_out if turn else none,
-        rows, n, weight.padded[1], out.stride(-2), turn.k_out.stride(-2) if turn else 0,
-        turn.v_out.stride(-2) if turn else 0, BITS=weight.bits, PACK=weight.pack, PAIR=pair,
-        RAW=follows == 'raw', ACT=e.act, TURN=turn.cosine.shape[-1] if turn else 0,
-        QUERIES=turn.queries if turn else 0, VALUES=turn.values if turn else 0,
-        LENGTH=turn is not None and turn.length is not None,
+        *turn_operands(turn, none), rows, n, weight.padded[1], out.stride(-2),
+        *turn_strides(turn), BITS=weight.bits, PACK=weight.pack, PAIR=pair,
+        RAW=follows == 'raw', ACT=e.act, **turn_constants(turn),
         BIAS=e.bias is not None, GATE=e.gate is not None, RESIDUAL=e.residual is not None,
         BM=t.bm, BN=t.bn, BK=t.bk, STAGES=t.stages, SPLIT=t.split, PDL=pdl, MMA=mma, STORE=store,
         num_warps=t.warps, **launched(pdl),

@@ -217,7 +217,8 @@ def overlapped(
         TILES: gl.constexpr = 2 * TURN // BN  # of a head; products, so that 16 bytes are stored
         pair = number % TILES * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, STORE))
         column = number // TILES * (2 * TURN) + pair
-        position, c, s = rs + gl.load(length) if LENGTH else rs, 0.0, 0.0
+        position = rs + gl.load(length) if LENGTH else rs
+        c, s = 0.0, 0.0  # of larger tiles: loaded where they are used
         if SMALL:
             c, s = angles(cosine, sine, rs, position, pair, M, TURN)
     if PDL:
